@@ -1,0 +1,167 @@
+"""The values that pass between the parts: items, what a learner may know of them, and what it reports."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor
+
+State = dict[str, Tensor]
+"""Dotted names to CPU tensors: detached, and copies of whatever they were taken from."""
+
+
+@dataclass(frozen=True)
+class Items:
+    """n items seen through M modalities; an item may lack any of them, and nothing is stored for what it lacks.
+
+    features: modality -> [n_m, d_m] float.
+    rows: modality -> [n_m] int64, strictly increasing: the item each feature row belongs to.
+    labels: [n, C] bool, multi-hot, also where every item has exactly one class.
+    """
+
+    features: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    labels: Tensor
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 2 or self.labels.dtype != torch.bool:
+            raise ValueError(f"labels: expected [n, C] bool, got {list(self.labels.shape)} {self.labels.dtype}")
+        if set(self.features) != set(self.rows):
+            raise ValueError(f"features are of {sorted(self.features)} but rows of {sorted(self.rows)}")
+        for modality, x in self.features.items():
+            rows = self.rows[modality]
+            if x.ndim != 2 or rows.shape != x.shape[:1] or rows.dtype != torch.int64:
+                raise ValueError(
+                    f"{modality}: expected [n, d] features and [n] int64 rows, "
+                    f"got {list(x.shape)} and {list(rows.shape)} {rows.dtype}"
+                )
+
+    @classmethod
+    def paired(cls, features: Mapping[str, Tensor], labels: Tensor) -> Items:
+        """Items of which every one has every modality."""
+        return cls(features, {modality: torch.arange(len(x)) for modality, x in features.items()}, labels)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The modalities at least one item has, sorted."""
+        return tuple(sorted(m for m, x in self.features.items() if len(x)))
+
+    @cached_property
+    def _feature_row(self) -> Mapping[str, Tensor | None]:
+        """Modality -> [n] the feature row of each item, -1 where it has none; None where item i is row i."""
+        found: dict[str, Tensor | None] = {}
+        for modality, rows in self.rows.items():
+            if len(rows) == len(self):  # strictly increasing and complete: the identity
+                found[modality] = None
+                continue
+            row = torch.full((len(self),), -1, dtype=torch.int64, device=rows.device)
+            row[rows] = torch.arange(len(rows), device=rows.device)
+            found[modality] = row
+        return found
+
+    def select(self, index: Tensor) -> Items:
+        """The items at `index` [k] int64, in that order, no item twice; item j of the result is item index[j] here."""
+        features, rows = {}, {}
+        for modality, x in self.features.items():
+            row_of_item = self._feature_row[modality]
+            if row_of_item is None:
+                features[modality] = x[index]
+                rows[modality] = torch.arange(len(index), device=index.device)
+            else:
+                row = row_of_item[index]
+                rows[modality] = (row >= 0).nonzero().flatten()
+                features[modality] = x[row[rows[modality]]]
+        return Items(features, rows, self.labels[index])
+
+    def to(self, device: torch.device | str) -> Items:
+        """The same items on a device."""
+        return Items(
+            {m: x.to(device) for m, x in self.features.items()},
+            {m: rows.to(device) for m, rows in self.rows.items()},
+            self.labels.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a learner may know before it sees data.
+
+    dims: modality -> feature width, of every modality of the data set, also those a client lacks.
+    class_vectors: [C, k] float, for learners that use class semantics. seen: [C] bool, for zero-shot tasks.
+    """
+
+    dims: Mapping[str, int]
+    num_classes: int
+    class_vectors: Tensor | None = None
+    seen: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a stage of training reports.
+
+    loss: mean per item over all epochs of the stage; finite and >= 0.
+    loss_sum: the batches' mean losses summed over batches and epochs, as the FedCMR authors' code reports it.
+    trained: False where this client could not train at all (one modality, say, where the learner needs two).
+    """
+
+    loss: float
+    loss_sum: float
+    trained: bool = True
+
+
+@dataclass(frozen=True)
+class Proximal:
+    """FedProx's term mu/2 * ||w - anchor||^2 over the names in `anchor` (Li et al., MLSys 2020)."""
+
+    mu: float
+    anchor: State
+
+
+class Learner(Protocol):
+    """A cross-modal retrieval method. Pure torch: it knows no Flower, no files and no other client.
+
+    Built as `cls(config, spec, device, rng)`. `rng` is a CPU generator from which the parameters of all modalities are
+    drawn in sorted order, so one seed gives one initial state on every machine and client; None leaves them
+    uninitialised, for a state that is loaded next.
+    """
+
+    common: frozenset[str]
+    """Names that span the common subspace: what FedCMR shares."""
+    trainable: frozenset[str]
+    """Names of everything trained: what FedAvg and FedProx share."""
+    statistics: frozenset[str]
+    """Names of sufficient statistics, for closed-form learners; empty otherwise."""
+    by_class: frozenset[str]
+    """Names whose rows belong to classes (prototypes, say)."""
+    by_modality: Mapping[str, frozenset[str]]
+    """Modality -> the names that only clients with that modality can train."""
+
+    def __init__(self, config: Any, spec: DataSpec, device: torch.device, rng: Generator | None) -> None: ...
+
+    def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
+        """Train on `data` for some epochs; batches and noise come from `rng` (a CPU generator)."""
+        ...
+
+    def encode(self, modality: str, x: Tensor) -> Tensor:
+        """[n, d_m] features -> [n, k] representations in the common subspace."""
+        ...
+
+    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:
+        """Outputs of `encode`, [q, k] and [g, k] -> [q, g], higher is closer."""
+        ...
+
+    def state(self) -> State:
+        """A copy of all that must survive a round, optimiser moments included. Always the same names."""
+        ...
+
+    def load(self, state: State) -> None:
+        """Take over part or all of a state. An unknown name or a wrong shape raises ValueError, loading nothing."""
+        ...
