@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
+from pydantic import BaseModel
 from torch import Generator, Tensor
 
 State = dict[str, Tensor]
@@ -133,6 +134,8 @@ class Learner(Protocol):
     uninitialised, for a state that is loaded next.
     """
 
+    Config: ClassVar[type[BaseModel]]
+    """The learner's options: frozen, validated, and the one place of their defaults."""
     common: frozenset[str]
     """Names that span the common subspace: what FedCMR shares."""
     trainable: frozenset[str]
@@ -158,8 +161,11 @@ class Learner(Protocol):
         """Outputs of `encode`, [q, k] and [g, k] -> [q, g], higher is closer."""
         ...
 
-    def state(self) -> State:
-        """A copy of all that must survive a round, optimiser moments included. Always the same names."""
+    def state(self, names: Collection[str] | None = None) -> State:
+        """A copy of all that must survive a round, optimiser moments included, or of some names of it.
+
+        Always the same names, also before the first training step.
+        """
         ...
 
     def load(self, state: State) -> None:

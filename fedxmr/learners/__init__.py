@@ -1,0 +1,25 @@
+"""The learners by name: a new one is a module and a line here."""
+
+from __future__ import annotations
+
+import importlib
+from typing import cast
+
+from fedxmr.errors import InputError, unknown
+from fedxmr.types import Learner
+
+LEARNERS: dict[str, str] = {
+    "dscmr": "fedxmr.learners.dscmr:DSCMR",
+}
+"""Name -> "module:Class", imported when asked for: nobody waits for a learner they do not use."""
+
+
+def learner_class(name: str) -> type[Learner]:
+    """A registered learner's class, or that of an outside one given as "package.module:Class"."""
+    if name not in LEARNERS and ":" not in name:
+        raise unknown("learner", name, LEARNERS)
+    module, _, attribute = LEARNERS.get(name, name).partition(":")
+    try:
+        return cast("type[Learner]", getattr(importlib.import_module(module), attribute))
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise InputError(f"learner {name!r}: expected package.module:Class, got {error}") from error

@@ -1,0 +1,55 @@
+"""`python -m fedxmr.centralized`: the non-federated baseline, one client with all the data."""
+
+from __future__ import annotations
+
+from fedxmr import commands
+from fedxmr.commands import configure
+from fedxmr.simulate import run
+
+
+def centralized(
+    assignments: commands.Assignments = None,
+    config: commands.ConfigFile = None,
+    dataset: commands.DatasetName = None,
+    features: commands.Features = None,
+    data_dir: commands.DataDir = None,
+    learner: commands.LearnerName = None,
+    rounds: commands.Rounds = None,
+    seed: commands.Seed = None,
+    protocol: commands.Protocol = None,
+    evaluate_every: commands.EvaluateEvery = None,
+    evaluate_on: commands.EvaluateOnPart = None,
+    engine: commands.Engine = None,
+    threads: commands.Threads = None,
+    device: commands.Device = None,
+    pictures: commands.Pictures = True,
+    out: commands.Out = None,
+    overwrite: commands.Overwrite = False,
+) -> None:
+    """Train one model on all the data: a federation of a single client that shares nothing.
+
+    A round is federation.epochs epochs. Later settings win: defaults, --config, options, KEY=VALUE.
+    """
+    options = {
+        "dataset.name": dataset,
+        "dataset.features": features,
+        "dataset.data_dir": data_dir,
+        "federation.clients": 1,
+        "federation.sample": 1,
+        "federation.rounds": rounds,
+        "partition.scheme": "iid",
+        "strategy.name": "local",
+        "learner.name": learner,
+        "seed": seed,
+        "evaluation.protocol": protocol,
+        "evaluation.every": evaluate_every,
+        "evaluation.on": evaluate_on,
+        "runtime.engine": engine,
+        "runtime.threads": threads,
+        "runtime.device": device,
+    }
+    run(configure(config, options, assignments), out, overwrite=overwrite, pictures=pictures)
+
+
+if __name__ == "__main__":
+    commands.run(centralized)

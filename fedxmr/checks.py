@@ -1,0 +1,84 @@
+"""What the server checks before anything counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from fedxmr.errors import FederationError
+from fedxmr.messages import Registration, Update
+from fedxmr.state import sha256
+from fedxmr.types import State
+
+
+def check_registrations(registrations: Sequence[Registration], clients: int, initial_sha256: str) -> None:
+    """Every client there once, and all agreeing on the data's shape, the versions and the initial state.
+
+    Raises FederationError with one line per client that does not fit.
+    """
+    ids = [r.client for r in registrations]
+    wrong = [f"client {k}: claimed by {ids.count(k)} nodes" for k in sorted(set(ids)) if ids.count(k) > 1]
+    wrong += [f"client {k}: expected an id from 0 to {clients - 1}" for k in sorted(set(ids)) if not 0 <= k < clients]
+    wrong += [f"client {k}: did not register" for k in range(clients) if k not in ids]
+    first = registrations[0] if registrations else None
+    for r in registrations:
+        assert first is not None
+        for what, expected, got in (
+            ("feature widths", dict(first.spec.dims), dict(r.spec.dims)),
+            ("number of classes", first.spec.num_classes, r.spec.num_classes),
+            ("versions", dict(first.versions), dict(r.versions)),
+            ("seeded initial state", initial_sha256, r.initial_sha256),
+        ):
+            if expected != got:
+                wrong.append(f"client {r.client}: {what}: expected {expected}, got {got}")
+        if r.n < 1 or r.class_counts.shape != (r.spec.num_classes,) or bool((r.class_counts < 0).any()):
+            wrong.append(f"client {r.client}: expected items and a count per class, got {r.n} and {r.class_counts}")
+    if wrong:
+        raise FederationError("\n".join(wrong))
+
+
+def find_fault(update: Update, asked_round: int, registration: Registration, expected: State, fit: bool) -> str | None:
+    """Why an update must not count, or None where it may.
+
+    expected: the names this client owns, with the shapes and types they have. fit: whether it was asked to train.
+    """
+    if update.client != registration.client:
+        return f"answers as client {update.client}"
+    if update.round != asked_round:
+        return f"answers for round {update.round}, asked was round {asked_round}"
+    if update.n != registration.n:
+        return f"says {update.n} training items, registered were {registration.n}"
+    if not torch.equal(update.class_counts, registration.class_counts):
+        return "says other class counts than it registered"
+    for scores in (update.validation, update.test):
+        for direction, score in (scores or {}).items():
+            if not 0 <= score <= 1:
+                return f"mAP {direction} of {score}, expected 0 to 1"
+    if update.loss is None:
+        return f"arrays {sorted(update.shared)} without a loss" if update.shared else None
+    if not fit:
+        return "trained without being asked to"
+    if not (math.isfinite(update.loss) and update.loss >= 0):
+        return f"loss {update.loss}, expected finite and >= 0"
+    return _find_array_fault(update.shared, expected)
+
+
+def _find_array_fault(shared: Mapping[str, torch.Tensor], expected: State) -> str | None:
+    if missing := sorted(expected.keys() - shared.keys()):
+        return f"lacks {', '.join(missing)}"
+    if extra := sorted(shared.keys() - expected.keys()):
+        return f"brings {', '.join(extra)}, which it does not share"
+    for name, like in expected.items():
+        got = shared[name]
+        if got.shape != like.shape or got.dtype != like.dtype:
+            return f"{name}: expected {list(like.shape)} {like.dtype}, got {list(got.shape)} {got.dtype}"
+        if not bool(torch.isfinite(got).all()):
+            return f"{name}: not finite"
+    return None
+
+
+def initial_hash(initial: State, shared: frozenset[str]) -> str:
+    """What every client's registration must say of the seeded shared state."""
+    return sha256({name: initial[name] for name in shared})

@@ -1,0 +1,119 @@
+"""What all commands share: their options, one line for every expected error, and documented exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import click
+import typer
+
+from fedxmr.errors import FederationError, InputError
+
+if TYPE_CHECKING:
+    from fedxmr.config import Config
+
+OK, BAD_INPUT, FAILED, INTERRUPTED = 0, 2, 3, 130
+"""Exit codes: every round stood; bad input, nothing written; the federation could not go on; Ctrl-C."""
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""Nothing is sent anywhere that the user did not ask for."""
+
+
+class ProtocolName(StrEnum):
+    """How the reported round is chosen."""
+
+    honest = "honest"
+    paper = "paper"
+
+
+class EngineName(StrEnum):
+    """What carries messages between server and clients."""
+
+    auto = "auto"
+    local = "local"
+
+
+class EvaluateOn(StrEnum):
+    """Which items the reported scores are of."""
+
+    test = "test"
+    all_test = "all-test"
+
+
+def option(help: str, *names: str) -> Any:
+    """An option of a command; by default its name is the parameter's."""
+    return typer.Option(*names, help=help, show_default=False)
+
+
+Assignments = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any configuration key, such as strategy.gamma=1.0")
+]
+ConfigFile = Annotated[Path | None, option("a YAML file, such as experiments/default.yaml")]
+DatasetName = Annotated[str | None, option("digits (default), wikipedia, synthetic, or the path of a folder")]
+Features = Annotated[str | None, option("which features of the data set, such as sift-lda")]
+DataDir = Annotated[Path | None, option("where to look for data files first")]
+LearnerName = Annotated[str | None, option("dscmr, or package.module:Class")]
+Rounds = Annotated[int | None, option("communication rounds")]
+Seed = Annotated[int | None, option("of everything that is drawn")]
+Protocol = Annotated[ProtocolName | None, option("paper also reports the best round on test, a leak")]
+EvaluateEvery = Annotated[int | None, option("rounds between evaluations; 0: never")]
+EvaluateOnPart = Annotated[EvaluateOn | None, option("all-test is the published test part, validation rows included")]
+Engine = Annotated[EngineName | None, option("what carries messages between server and clients")]
+Threads = Annotated[int | None, option("torch threads; default: all cores; 1 for bit-equal runs")]
+Device = Annotated[str | None, option("cpu, cuda, cuda:1, ...; default: cuda where there is one")]
+Out = Annotated[Path | None, option("the run folder; default: a new one in runs/")]
+Overwrite = Annotated[bool, option("replace a run folder that exists", "--overwrite")]
+Pictures = Annotated[bool, typer.Option("--pictures/--no-pictures", help="draw t-SNE and precision-recall pictures")]
+
+
+def configure(file: Path | None, options: Mapping[str, Any], assignments: list[str] | None) -> Config:
+    """The configuration of a command line: defaults, the strategy's preset, the file, options, assignments.
+
+    options: dotted key -> value, None where it was not given. Raises InputError.
+    """
+    from fedxmr.config import merged, nested, override, read_yaml, resolve
+
+    tree = read_yaml(file) if file else {}
+    for key, value in options.items():
+        if value is not None:
+            tree = merged(tree, nested(key, str(value) if isinstance(value, Path | StrEnum) else value))
+    return resolve(override(tree, assignments or []))
+
+
+def say(line: object) -> None:
+    """Print a line or a table to standard output."""
+    from rich.console import Console
+
+    Console(highlight=False).print(line, soft_wrap=isinstance(line, str), markup=False)
+
+
+def run(command: Callable[..., None]) -> NoReturn:
+    """Run a command's function on the command line's arguments, and exit."""
+    os.environ.update(QUIET)
+    application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    application.command()(command)
+    sys.exit(_exit_code(application))
+
+
+def _exit_code(application: typer.Typer) -> int:
+    try:
+        status = application(standalone_mode=False)
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return INTERRUPTED
+    except click.ClickException as error:
+        return _complain(error.format_message(), BAD_INPUT)
+    except InputError as error:
+        return _complain(str(error), BAD_INPUT)
+    except FederationError as error:
+        return _complain(str(error), FAILED)
+    return int(status or OK)
+
+
+def _complain(line: str, code: int) -> int:
+    sys.stderr.write(f"error: {line}\n")
+    return code

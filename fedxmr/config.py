@@ -1,0 +1,297 @@
+"""The configuration: frozen and validated, YAML in, resolved YAML out.
+
+Every option lives beside the code it steers (StrategyConfig, PartitionConfig, a learner's or a data set's options);
+here they become one tree. An unknown key is an error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from fedxmr.data import FOLDER, source
+from fedxmr.errors import InputError
+from fedxmr.learners import learner_class
+from fedxmr.partition import PartitionConfig
+from fedxmr.strategies import StrategyConfig, preset
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class _Named(_Section):
+    """A part chosen by name with options of its own; in YAML the options stand beside the name."""
+
+    section: ClassVar[str]
+    name: str
+    options: BaseModel
+
+    @classmethod
+    def _options(cls, name: str) -> type[BaseModel]:
+        """The model of the named part's options. Raises InputError for an unknown name."""
+        raise NotImplementedError
+
+    @classmethod
+    def _given(cls, name: str) -> dict[str, Any]:  # noqa: ARG003
+        """Options that the name itself says."""
+        return {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or isinstance(value.get("options"), BaseModel):
+            return value
+        own = {key: value[key] for key in cls.model_fields if key in value}
+        name = own.setdefault("name", cls.model_fields["name"].default)
+        rest = {key: option for key, option in value.items() if key not in own}
+        model = cls._options(str(name))
+        try:
+            return {**own, "options": model.model_validate({**rest, **cls._given(str(name))})}
+        except ValidationError as error:
+            beside = set(cls.model_fields) - {"options"}
+            raise InputError(_one_line(error, model, section=[cls.section], beside=beside)) from error
+
+    @model_serializer(mode="wrap")
+    def _flatten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        own = handler(self)
+        own.pop("options")
+        return {**own, **self.options.model_dump(mode="json", by_alias=True)}
+
+
+class DatasetConfig(_Named):
+    """Which data. Further keys are the data set's own options."""
+
+    section: ClassVar[str] = "dataset"
+    name: str = Field("digits", description="a registered data set, or the path of a folder in the documented format")
+    data_dir: Path | None = Field(
+        None, description="where to look for files first; then FEDXMR_DATA and the user cache"
+    )
+    scaling: dict[str, Literal["standardise", "norm", "none"]] = Field(
+        default_factory=dict, description="modality -> scaling, where it differs from the data set's own"
+    )
+
+    @classmethod
+    def _options(cls, name: str) -> type[BaseModel]:
+        return source(name).options
+
+    @classmethod
+    def _given(cls, name: str) -> dict[str, Any]:
+        return {"path": name} if source(name) is FOLDER else {}
+
+
+class LearnerConfig(_Named):
+    """Which learner. Further keys are the learner's own options."""
+
+    section: ClassVar[str] = "learner"
+    name: str = Field("dscmr", description="a registered learner")
+
+    @classmethod
+    def _options(cls, name: str) -> type[BaseModel]:
+        return learner_class(name).Config
+
+
+class FederationConfig(_Section):
+    """Who takes part, and how long."""
+
+    clients: PositiveInt = Field(3, description="N")
+    rounds: PositiveInt = Field(40, description="T")
+    epochs: PositiveInt = Field(2, description="E, local epochs of each stage")
+    sample: PositiveInt | None = Field(None, description="K clients per round, drawn from (seed, round); null: all")
+    standardise: Literal["federated", "client", "none"] = Field(
+        "federated", description="whose means and deviations scale the features"
+    )
+    min_clients: PositiveInt | None = Field(
+        None, description="good updates a round needs to stand; null: 2, or 1 where only one takes part"
+    )
+    tolerate_failures: bool = Field(False, description="go on without a client that fails or is rejected")
+    deadline: PositiveFloat = Field(600.0, description="seconds a client has to answer a message")
+    start_deadline: PositiveFloat = Field(60.0, description="seconds the clients have to answer the start query")
+    checkpoint_every: int = Field(5, ge=0, description="rounds between checkpoints; 0: none")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        taking_part = self.sample or self.clients
+        if taking_part > self.clients:
+            raise ValueError(f"sample: expected at most the {self.clients} clients, got {self.sample}")
+        if self.min_clients is not None and self.min_clients > taking_part:
+            raise ValueError(f"min_clients: expected at most the {taking_part} taking part, got {self.min_clients}")
+        return self
+
+    @property
+    def quorum(self) -> int:
+        """Good updates a round needs to stand."""
+        return self.min_clients or min(2, self.sample or self.clients)
+
+
+class EvaluationConfig(_Section):
+    """What is measured, when and on what."""
+
+    every: int = Field(1, ge=0, description="rounds between evaluations; the last round always is one; 0: never")
+    clients: PositiveInt = Field(20, description="at most so many clients are evaluated, a seeded panel")
+    protocol: Literal["honest", "paper"] = Field(
+        "honest", description="honest: choose on validation, then report test; paper adds best_on_test, a leak"
+    )
+    on: Literal["test", "all-test"] = Field(
+        "test", description="all-test: the published test part, validation included"
+    )
+
+
+class RuntimeConfig(_Section):
+    """Where it runs. No number depends on this but by rounding."""
+
+    engine: Literal["auto", "local"] = Field("auto", description="what carries messages between server and clients")
+    threads: PositiveInt | None = Field(None, description="torch threads; null: all cores. 1 for bit-equal runs")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+
+
+class Config(_Section):
+    """One run."""
+
+    seed: int = Field(0, ge=0)
+    dataset: DatasetConfig = Field(default_factory=lambda: DatasetConfig.model_validate({}))
+    partition: PartitionConfig = Field(default_factory=PartitionConfig)
+    federation: FederationConfig = Field(default_factory=FederationConfig)
+    strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(**preset("fedcmr")))
+    learner: LearnerConfig = Field(default_factory=lambda: LearnerConfig.model_validate({}))
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _preset(cls, value: Any) -> Any:
+        """A strategy's name brings its choices, a bare name stands for a section with that name."""
+        if not isinstance(value, Mapping):
+            return value
+        value = {**value}
+        for section in ("dataset", "learner", "strategy"):
+            if isinstance(value.get(section), str):
+                value[section] = {"name": value[section]}
+        if isinstance(chosen := value.get("strategy"), Mapping):
+            value["strategy"] = {**preset(str(chosen.get("name", "fedcmr"))), **chosen}
+        return value
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; `from_yaml` of it gives an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> Config:
+        """Parse and check. Raises InputError with one line."""
+        return resolve(parse_yaml(text, "the configuration"))
+
+
+def resolve(tree: Mapping[str, Any]) -> Config:
+    """A checked configuration from a nested mapping. Raises InputError naming the key, what it takes and what came."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise InputError(_one_line(error, Config)) from error
+
+
+def parse_yaml(text: str, source: str) -> dict[str, Any]:
+    """A YAML mapping; the empty text is the empty one. Raises InputError naming `source`."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise InputError(f"{source}: expected keys and values, got {type(tree).__name__}")
+    return tree
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file. Raises InputError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
+    return parse_yaml(text, str(path))
+
+
+def override(tree: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """`tree` with `section.key=value` assignments applied; values are YAML. Raises InputError."""
+    for assignment in assignments:
+        dotted, equals, text = assignment.partition("=")
+        if not equals or not dotted:
+            raise InputError(f"{assignment!r}: expected key=value, such as strategy.gamma=1.0")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise InputError(f"{dotted}: expected a YAML value, got {text!r}") from error
+        tree = merged(tree, nested(dotted, value))
+    return dict(tree)
+
+
+def nested(dotted: str, value: Any) -> dict[str, Any]:
+    """{'a': {'b': value}} for 'a.b'."""
+    for key in reversed(dotted.split(".")):
+        value = {key: value}
+    return dict(value)
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top, section by section. Another name in a section starts that section anew."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        if isinstance(old, str) and isinstance(value, Mapping) and key in ("dataset", "learner", "strategy"):
+            old = {"name": old}
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            renamed = "name" in value and value["name"] != old.get("name")
+            result[key] = dict(value) if renamed else merged(old, value)
+        else:
+            result[key] = value
+    return result
+
+
+def _one_line(
+    error: ValidationError, model: type[BaseModel], section: Sequence[str] = (), beside: Iterable[str] = ()
+) -> str:
+    """The first of pydantic's complaints in one line. `beside`: further keys known next to the model's own."""
+    first = error.errors()[0]
+    where = [str(part) for part in first["loc"]]
+    dotted = ".".join([*section, *where])
+    if first["type"] == "extra_forbidden":
+        known = _keys(_model_at(model, where[:-1])) | set(beside)
+        near = difflib.get_close_matches(where[-1], known, n=1, cutoff=0.5)
+        meant = ".".join([*section, *where[:-1], *near])
+        hint = f"did you mean {meant!r}?" if near else f"known: {', '.join(sorted(known))}"
+        return f"unknown configuration key {dotted!r}; {hint}"
+    message = first["msg"].removeprefix("Value error, ")
+    if isinstance(first.get("ctx", {}).get("error"), InputError):
+        return message
+    if first["type"] == "value_error":
+        return f"{dotted}: {message}" if dotted else message
+    return f"{dotted}: {message[:1].lower()}{message[1:]}, got {first['input']!r}"
+
+
+def _model_at(model: type[BaseModel], where: Sequence[str]) -> type[BaseModel]:
+    """The model of a section, found by its keys."""
+    for key in where:
+        annotation = next(f.annotation for name, f in model.model_fields.items() if key in (name, f.alias))
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        model = annotation
+    return model
+
+
+def _keys(model: type[BaseModel]) -> set[str]:
+    return {field.alias or name for name, field in model.model_fields.items()}

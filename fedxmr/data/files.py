@@ -1,0 +1,112 @@
+"""Finding the published files of a data set: the user's folders first, then the cache, then a checked download."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from fedxmr.errors import InputError
+
+SILENCE = 20.0
+"""Seconds a server may send nothing."""
+DEADLINE = 300.0
+"""Seconds a whole download may take."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """One file: its place below a data folder or the cache, where it comes from, and the sha256 of its bytes."""
+
+    path: str
+    url: str
+    sha256: str
+
+
+def github(repository: str, commit: str, path: str) -> str:
+    """The address of a file's bytes in a public GitHub repository, at one commit."""
+    return f"https://raw.githubusercontent.com/{repository}/{commit}/{path}".replace(" ", "%20")
+
+
+def locate(file: RemoteFile, data_dir: Path | None = None) -> Path:
+    """The verified local copy of a file.
+
+    Looked for in `data_dir`, in the folder `FEDXMR_DATA` names, and in the user's cache, in this order; the first two
+    are only read. A file found nowhere is downloaded into the cache.
+    Raises InputError for a folder that is not there, a wrong checksum and a download that fails.
+    """
+    for origin, folder in (("--data-dir", data_dir), ("FEDXMR_DATA", os.environ.get("FEDXMR_DATA"))):
+        if not folder:
+            continue
+        if not Path(folder).is_dir():
+            raise InputError(f"{origin}: expected a folder, got {str(folder)!r}")
+        path = Path(folder) / file.path
+        if path.exists():
+            _verify(path, file.sha256)
+            return path
+    return _download(file)
+
+
+def read_mat(path: Path) -> Mapping[str, Any]:
+    """The variables of a MATLAB file, structs as dicts. Raises InputError where it is not one or is damaged."""
+    from scipy.io import loadmat
+
+    try:
+        contents: Mapping[str, Any] = loadmat(path, simplify_cells=True)
+    except Exception as error:  # whatever scipy's parser trips on: IndexError, zlib.error, MatReadError ...
+        raise InputError(f"{path}: expected a MATLAB file, got one that cannot be read ({one_line(error)})") from error
+    return contents
+
+
+def one_line(error: Exception) -> str:
+    """An error's own words without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _verify(path: Path, expected: str) -> None:
+    try:
+        with path.open("rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got {one_line(error)}") from error
+    if found != expected:
+        raise InputError(f"{path}: expected sha256 {expected}, got {found}")
+
+
+class _TimedFile:
+    """A file that refuses to be written after a deadline, because requests' own timeout is only about silence."""
+
+    def __init__(self, file: BinaryIO, seconds: float) -> None:
+        self.file, self.seconds, self.end = file, seconds, time.monotonic() + seconds
+
+    def write(self, chunk: bytes) -> int:
+        if time.monotonic() >= self.end:
+            raise TimeoutError(f"not finished after {self.seconds:.0f} s")
+        return self.file.write(chunk)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _download(file: RemoteFile) -> Path:
+    import pooch
+
+    def fetch(url: str, output: str, registry: object) -> None:
+        with Path(output).open("wb") as opened:
+            pooch.HTTPDownloader(timeout=SILENCE)(url, _TimedFile(opened, DEADLINE), registry)
+
+    place = Path(pooch.os_cache("fedxmr")) / file.path
+    pooch.get_logger().setLevel(logging.WARNING)
+    try:
+        pooch.retrieve(file.url, f"sha256:{file.sha256}", fname=place.name, path=place.parent, downloader=fetch)
+    except (OSError, ValueError) as error:  # no network, an HTTP error, a deadline, a full disk; a wrong checksum
+        raise InputError(
+            f"{file.path}: not found and its download failed ({one_line(error)}); download {file.url} by hand to "
+            f"{place}, or point FEDXMR_DATA or --data-dir at a folder that has {file.path}"
+        ) from error
+    return place

@@ -1,0 +1,151 @@
+"""The run folder: what a run was, what it measured, and TensorBoard events.
+
+metrics.jsonl holds only what two runs of one seed must agree on; whatever a clock measured goes to timings.jsonl.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from fedxmr import __version__
+from fedxmr.config import Config
+from fedxmr.errors import InputError
+from fedxmr.partition import Part, save_partition
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Line = dict[str, Any]
+
+
+def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -> None:
+    """Make a run folder with the resolved configuration, the environment and the partition.
+
+    Raises InputError where there is something already; with `overwrite` a run folder there is removed first.
+    """
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        if not (overwrite and (out / "config.yaml").is_file()):
+            how = "it is no run folder" if overwrite else "pass --overwrite to replace it, or another --out"
+            raise InputError(f"{out}: already exists; {how}")
+        shutil.rmtree(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+        write_json(out / "environment.json", environment(config))
+        save_partition(out / "partition.npz", parts)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def environment(config: Config) -> dict[str, Any]:
+    """What could explain a difference between two runs that are otherwise equal."""
+    import torch
+
+    packages = ("flwr", "ray", "torch", "numpy", "scipy", "safetensors", "pydantic", "tensorboard")
+    return {
+        "fedxmr": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": config.runtime.threads or "all",
+        "device": config.runtime.device,
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON, atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+class Recorder:
+    """An open run folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self._metrics = (out / "metrics.jsonl").open("w", encoding="utf-8")
+        self._timings = (out / "timings.jsonl").open("w", encoding="utf-8")
+        self._pending: dict[tuple[int, int], Line] = {}
+        self._events: SummaryWriter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.write_up_to(sys.maxsize)
+        self._metrics.close()
+        self._timings.close()
+        if self._events is not None:
+            self._events.close()
+
+    def note(self, round: int, client: int, **facts: Any) -> None:
+        """Add facts to the line of a round and client; numbers of bytes add up."""
+        line = self._pending.setdefault((round, client), {"round": round, "client": client})
+        for name, value in facts.items():
+            line[name] = line[name] + value if name.startswith("bytes_") and name in line else value
+
+    def write_up_to(self, round: int) -> None:
+        """Write the lines of all rounds up to this one: nothing will be added to them."""
+        for key in sorted(key for key in self._pending if key[0] <= round):
+            self._metrics.write(json.dumps(self._pending.pop(key)) + "\n")
+        self._metrics.flush()
+
+    def time(self, round: int, client: int | None, seconds: Mapping[str, float]) -> None:
+        """What a round took: a client's parts by its own clock, or (client None) the driver's."""
+        line: Line = {"round": round} if client is None else {"round": round, "client": client}
+        self._timings.write(json.dumps({**line, "seconds": {k: round_to(s) for k, s in seconds.items()}}) + "\n")
+        self._timings.flush()
+
+    @property
+    def events(self) -> SummaryWriter:
+        """TensorBoard's writer; opened late, for its import would delay the first round."""
+        if self._events is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._events = SummaryWriter(str(self.out))
+        return self._events
+
+    def scalars(self, round: int, values: Mapping[str, float | None]) -> None:
+        """TensorBoard scalars of a round; None is left out."""
+        for tag, value in values.items():
+            if value is not None:
+                self.events.add_scalar(tag.replace("->", "_to_"), value, round)
+
+
+def round_to(seconds: float) -> float:
+    """Seconds to the tenth of a millisecond: more is noise."""
+    return round(seconds, 4)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this runs from, with + where files differ from it; None outside a checkout."""
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=True)
+        state = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return head.stdout.strip() + ("+" if state.stdout.strip() else "")

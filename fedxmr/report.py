@@ -1,0 +1,104 @@
+"""After a run: every metric of the selected models, cross-client retrieval, pictures, and the closing table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedxmr.commands import say
+from fedxmr.config import Config
+from fedxmr.data import Dataset
+from fedxmr.evaluation import evaluate_across, evaluate_in_full
+from fedxmr.metrics import Retrieval
+from fedxmr.models import load
+from fedxmr.participation import panel
+from fedxmr.recording import write_json
+from fedxmr.summary import table
+
+AT = (1, 5, 10, 50, 100)
+"""The cut-offs of mAP@K, Recall@K, Hit@K, nDCG@K and precision@K."""
+
+TIES_WORTH_A_WARNING = 0.01
+
+
+def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[str, Any]:
+    """Measure the selected models in full, write retrieval.json and the pictures, print the table.
+
+    Returns the run's summary.
+    """
+    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    for kind in ("rejected", "failed"):
+        for entry in summary[kind]:
+            say(f"{kind}: client {entry['client']} in round {entry['round']}: {entry['reason']}")
+    if summary["test"]["selected"] is None:
+        say(f"evaluation was off\n{_costs(summary)}")
+        return summary
+    items = data.all_test if config.evaluation.on == "all-test" else data.test
+    chosen = [k for k in panel(config) if (out / "clients" / str(k) / "selected.safetensors").is_file()]
+    models = {k: load(out, k, "selected") for k in chosen}
+    scaled = {k: model.scale(items) for k, model in models.items()}
+    found = {k: evaluate_in_full(model.learner, scaled[k], config.seed, AT) for k, model in models.items()}
+    across = None
+    if len(models) > 1:
+        across = evaluate_across([m.learner for m in models.values()], list(scaled.values()), config.seed)
+    write_json(out / "retrieval.json", _retrieval(summary, found, across))
+    if pictures:
+        from fedxmr.pictures import draw
+
+        first = chosen[0]
+        draw(out, found, models[first].learner, scaled[first], data.classes, config.seed)
+    _print(config, data, summary, across, found)
+    return summary
+
+
+def _retrieval(
+    summary: Mapping[str, Any], found: Mapping[int, Mapping[str, Retrieval]], across: Mapping[str, float] | None
+) -> dict[str, Any]:
+    """retrieval.json: every metric on the test items, of each client's selected model."""
+    clients = [
+        {"client": k, **{direction: _plain(retrieval) for direction, retrieval in directions.items()}}
+        for k, directions in found.items()
+    ]
+    return {"round": summary["test"]["selected"]["round"], "cross_client": across, "clients": clients}
+
+
+def _plain(retrieval: Retrieval) -> dict[str, Any]:
+    """A retrieval's means as JSON; the per-query values stay out."""
+    values = {name: value for name, value in vars(retrieval).items() if name != "average_precision"}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+
+def _print(
+    config: Config,
+    data: Dataset,
+    summary: Mapping[str, Any],
+    across: Mapping[str, float] | None,
+    found: Mapping[int, Mapping[str, Retrieval]],
+) -> None:
+    say(table(summary))
+    if across:
+        say("cross-client mAP (query by one client, gallery by another), selected round: " + _scores(across))
+    if best := summary["test"].get("best_on_test"):
+        say(f"best on test, a leak: round {best['round']}: " + _scores(best["mean"]))
+    tied = fmean(r.tied for directions in found.values() for r in directions.values())
+    if tied > TIES_WORTH_A_WARNING:
+        say(f"warning: {tied:.1%} of the scores are tied; a collapsed model ranks by chance")
+    if config.evaluation.on == "all-test" and data.all_test_overlaps:
+        say("note: all-test includes the validation rows that chose the round")
+    for note in data.notes:
+        say(f"note: {note}")
+    say(_costs(summary))
+
+
+def _scores(scores: Mapping[str, float]) -> str:
+    return ", ".join(f"{direction} {value:.3f}" for direction, value in scores.items())
+
+
+def _costs(summary: Mapping[str, Any]) -> str:
+    seconds = summary["seconds"]
+    moved = ", ".join(f"{summary['bytes'][way] / 1e6:.1f} MB {way}" for way in ("up", "down"))
+    parts = ", ".join(f"{name} {spent:.1f}" for name, spent in seconds.items() if name != "total" and spent >= 0.05)
+    return f"moved: {moved}; seconds: {seconds['total']:.1f} ({parts})"

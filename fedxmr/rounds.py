@@ -1,0 +1,340 @@
+"""A client's side of a round: merge, enhance, evaluate, train (FedCMR, Algorithm 1; any strategy's four choices).
+
+FedCMR's last two steps of round t-1 run at the start of round t's message, so a round costs one exchange. What a
+client carries between messages is its learner, the snapshot W_0 that eq. 6 needs, and the round these belong to; the
+80/20 draw, batches and noise come from (seed, purpose, round, client) and need no storage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from itertools import chain
+
+import torch
+from torch import Tensor
+
+from fedxmr import __version__
+from fedxmr.config import Config
+from fedxmr.data import Dataset
+from fedxmr.errors import InputError
+from fedxmr.evaluation import evaluate
+from fedxmr.learners import learner_class
+from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
+from fedxmr.scaling import Moments, Scaler, scale
+from fedxmr.seeding import generator
+from fedxmr.sources import scaling
+from fedxmr.state import sha256
+from fedxmr.strategies import merge, shared_names
+from fedxmr.timing import clock
+from fedxmr.types import DataSpec, Items, Learner, Proximal, State
+
+INITIAL = 0
+"""The round of the seeded initial state."""
+
+_DIRTY = -1
+"""The round of a state that a task has begun to change."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a client carries from message to message: a durable state is exactly this.
+
+    round: of the reply it belongs to. before: W_0^k of the names the client owns; None when nothing waits to be merged.
+    kept: round -> weights without moments, of the leading and the newest evaluated round.
+    """
+
+    round: int
+    learner: State
+    before: State | None
+    scaler: Scaler
+    kept: Mapping[int, State]
+
+
+@dataclass(frozen=True)
+class Model:
+    """A client's trained model, and what it takes to feed it raw features: the spec and the scaling."""
+
+    client: int
+    round: int
+    weights: State
+    spec: DataSpec
+    scaler: Scaler
+    scaling: Mapping[str, str]
+
+
+class Setting:
+    """What all clients of one process share: configuration, common validation and test items, initial state."""
+
+    def __init__(self, config: Config, data: Dataset) -> None:
+        self.config = config
+        self.data = data
+        self.device = choose_device(config.runtime.device)
+        self.scaling = scaling(config, data)
+        self._scaled: tuple[Scaler, dict[str, Items]] = (Scaler({}, {}), {})
+
+    @cached_property
+    def initial(self) -> State:
+        """The seeded initial weights; not to be changed in place."""
+        return initial_state(self.config, self.data.spec)
+
+    def scale(self, items: Items, scaler: Scaler) -> Items:
+        """The items as learners see them, on the device."""
+        return scale(items, self.scaling, scaler).to(self.device)
+
+    def part(self, name: str, scaler: Scaler) -> Items:
+        """The scaled validation, test or all_test items; one copy serves all clients that scale alike."""
+        if self._scaled[0] != scaler:
+            self._scaled = (scaler, {})
+        parts = self._scaled[1]
+        if name not in parts:
+            parts[name] = self.scale(getattr(self.data, name), scaler)
+        return parts[name]
+
+    def learner(self) -> Learner:
+        """A learner whose state is loaded next."""
+        return build_learner(self.config, self.data.spec, self.device, None)
+
+
+class Client:
+    """One client: its items, and what it carries from message to message."""
+
+    def __init__(self, setting: Setting, items: Items, client: int) -> None:
+        """items: its own raw training items."""
+        self.client = client
+        self.kept: dict[int, State] = {}
+        self._setting = setting
+        self._config = setting.config
+        self._raw = items
+        self._scaler = Scaler({}, {})
+        self._items: Items | None = None
+        self._learner: Learner | None = None
+        self._round = INITIAL
+        self._before: State | None = None
+        self._previous: Snapshot | None = None
+
+    def register(self) -> Registration:
+        """What the server may know of this client before the first round."""
+        initial = self._setting.initial
+        shared = shared_names(self._config.strategy, self._setting.learner())
+        return Registration(
+            client=self.client,
+            n=len(self._raw),
+            class_counts=class_counts(self._raw),
+            spec=self._setting.data.spec,
+            held=self._raw.modalities,
+            moments=self._moments(),
+            versions={"fedxmr": __version__, "torch": str(torch.__version__), "flwr": version("flwr")},
+            initial_sha256=sha256({name: initial[name] for name in shared}),
+        )
+
+    def take_part(self, task: Task) -> Update:
+        """Do one task. On an exception the state is the one before, if failures are tolerated, else lost."""
+        started = clock.seconds()
+        if task.keep:
+            update = self._follow(task)
+            self._round = task.round
+        else:
+            held = self.snapshot() if self._learner is not None else None
+            try:
+                update = self._follow(task)
+            finally:
+                self.restore(held)
+        spent = {part: seconds - started.get(part, 0.0) for part, seconds in clock.seconds().items()}
+        return dataclasses.replace(update, seconds={part: s for part, s in spent.items() if s > 0})
+
+    def finish(self, farewell: Farewell) -> Report:
+        """The last word; from then on `kept` holds the selected round alone and the last is the learner's own state."""
+        last = self.learner.state()
+        scores: dict[int, Scores] = {}
+        if farewell.evaluate:
+            scores[farewell.last] = self._evaluate("test")
+            if farewell.selected in self.kept and farewell.selected != farewell.last:
+                self.learner.load(self.kept[farewell.selected])
+                scores[farewell.selected] = self._evaluate("test")
+                self.learner.load(last)
+        self.kept = {round: weights for round, weights in self.kept.items() if round == farewell.selected}
+        return Report(self.client, scores.get(farewell.selected), scores.get(farewell.last), sha256(last))
+
+    @property
+    def learner(self) -> Learner:
+        """The live learner of a client that has taken part."""
+        assert self._learner is not None, "asked for the learner of a client that never took part"
+        return self._learner
+
+    def models(self) -> dict[str, Model]:
+        """After the end of a run: `last`, and `selected` where a round was."""
+        learner = self.learner
+
+        def model(round: int, weights: State) -> Model:
+            return Model(self.client, round, weights, self._setting.data.spec, self._scaler, self._setting.scaling)
+
+        found = {"last": model(self._config.federation.rounds, learner.state(self._weights()))}
+        for round, weights in self.kept.items():
+            found["selected"] = model(round, weights)
+        return found
+
+    @property
+    def scaler(self) -> Scaler:
+        """The standardisation in use."""
+        return self._scaler
+
+    def snapshot(self) -> Snapshot:
+        """A copy of all that must survive."""
+        return Snapshot(self._round, self.learner.state(), self._before, self._scaler, dict(self.kept))
+
+    def restore(self, held: Snapshot | None) -> None:
+        """Go back to a snapshot, but for `kept`; None: as if never asked."""
+        if held is None:
+            self._learner, self._before, self._round = None, None, INITIAL
+            return
+        if self._learner is None:
+            self._learner = self._setting.learner()
+        self._learner.load(held.learner)
+        self._before, self._round = held.before, held.round
+        self._standardise(held.scaler)
+
+    def _follow(self, task: Task) -> Update:
+        self._go_to(task)
+        self._take_over(task)
+        validation = test = None
+        if task.evaluate:
+            validation = self._evaluate("validation")
+            test = self._evaluate("test") if self._config.evaluation.protocol == "paper" else None
+            self.kept = {round: weights for round, weights in self.kept.items() if round == task.leader}
+            self.kept[task.round - 1] = self.learner.state(self._weights())
+        loss, shared = self._train(task) if task.fit else (None, {})
+        return Update(task.round, self.client, len(self._raw), class_counts(self._raw), loss, shared, validation, test)
+
+    def _go_to(self, task: Task) -> None:
+        """Start from the state the task is based on, and discard anything newer."""
+        if task.base == INITIAL:
+            self._learner = self._setting.learner()
+            self._learner.load(self._setting.initial)
+            self._before = None
+            self._standardise(task.scaler)
+        elif self._round != task.base:
+            if self._previous is None or self._previous.round != task.base:
+                raise RuntimeError(f"client {self.client} holds no state of round {task.base}")
+            self.restore(self._previous)
+        if task.keep:
+            if self._config.federation.tolerate_failures and task.base != INITIAL:
+                self._previous = self.snapshot()
+            self._round = _DIRTY
+
+    def _take_over(self, task: Task) -> None:
+        """Merge W_{t-1} into the own model (eq. 6) and enhance on what was held back in the round of the own update."""
+        strategy = self._config.strategy
+        if self._before is None:
+            self.learner.load(task.shared)
+            return
+        after = self.learner.state(self._before)
+        counts = class_counts(self._raw)
+        self.learner.load(merge(strategy, task.shared, self._before, after, self.learner.by_class, counts))
+        _, held_back = self._division(task.base)
+        if len(held_back):
+            with clock.part("fit"):
+                rng = generator(self._config.seed, "enhancement", task.base, self.client)
+                self.learner.fit(self._scaled().select(held_back), self._config.federation.epochs, rng)
+        self._before = None
+
+    def _train(self, task: Task) -> tuple[float | None, State]:
+        """The joint stage: the loss and the update W_t^k, or (None, {}) where this client cannot train."""
+        strategy = self._config.strategy
+        own = self._owned()
+        self._before = self.learner.state(own)
+        joint, _ = self._division(task.round)
+        items = self._scaled() if len(joint) == len(self._raw) else self._scaled().select(joint)
+        proximal = Proximal(strategy.mu, {name: task.shared[name] for name in own}) if strategy.mu and own else None
+        with clock.part("fit"):
+            rng = generator(self._config.seed, "joint", task.round, self.client)
+            fit = self.learner.fit(items, self._config.federation.epochs, rng, proximal)
+        if not fit.trained:
+            return None, {}
+        return (fit.loss_sum if strategy.loss == "sum" else fit.loss), self.learner.state(own)
+
+    def _division(self, round: int) -> tuple[Tensor, Tensor]:
+        """The items of a round's joint stage and those held back for its enhancement."""
+        rng = generator(self._config.seed, "division", round, self.client)
+        return divide(len(self._raw), self._config.strategy.joint_fraction, rng)
+
+    def _evaluate(self, part: str) -> Scores:
+        if part == "test" and self._config.evaluation.on == "all-test":
+            part = "all_test"
+        with clock.part("evaluate"):
+            return evaluate(self.learner, self._setting.part(part, self._scaler), self._config.seed)
+
+    def _weights(self) -> frozenset[str]:
+        return self.learner.trainable | self.learner.statistics
+
+    def _owned(self) -> frozenset[str]:
+        """The shared names this client can train."""
+        return owned_names(shared_names(self._config.strategy, self.learner), self.learner, self._raw.modalities)
+
+    def _standardise(self, scaler: Scaler | None) -> None:
+        if self._config.federation.standardise == "client":
+            scaler = Scaler.of(self._moments())
+        scaler = scaler or Scaler({}, {})
+        if scaler != self._scaler:
+            self._scaler, self._items = scaler, None
+
+    def _scaled(self) -> Items:
+        if self._items is None:
+            self._items = self._setting.scale(self._raw, self._scaler)
+        return self._items
+
+    def _moments(self) -> dict[str, Moments]:
+        """Of the modalities that are standardised and that this client has."""
+        how = self._setting.scaling
+        return {m: Moments.of(self._raw.features[m]) for m in self._raw.modalities if how[m] == "standardise"}
+
+
+def check(config: Config, data: Dataset) -> None:
+    """See that learner, strategy, scaling and device go together. Raises InputError."""
+    setting = Setting(config, data)
+    shared_names(config.strategy, setting.learner())
+
+
+def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:
+    """The shared names that a client holding these modalities trains: all but those of modalities it lacks."""
+    lacking = (names for modality, names in learner.by_modality.items() if modality not in held)
+    return shared - frozenset(chain.from_iterable(lacking))
+
+
+def divide(n: int, fraction: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A fresh draw of ceil(fraction n) of n items, and the rest; both sorted int64."""
+    drawn = torch.randperm(n, generator=rng)
+    joint = math.ceil(fraction * n)
+    return drawn[:joint].sort().values, drawn[joint:].sort().values
+
+
+def class_counts(items: Items) -> Tensor:
+    """[C] int64: the items of each class."""
+    return items.labels.sum(0)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of `runtime.device`. Raises InputError for one that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"runtime.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def build_learner(config: Config, spec: DataSpec, device: torch.device, rng: torch.Generator | None) -> Learner:
+    """The configured learner; rng None: for a state that is loaded next."""
+    return learner_class(config.learner.name)(config.learner.options, spec, device, rng)
+
+
+def initial_state(config: Config, spec: DataSpec) -> State:
+    """The weights, without moments, that every client and the server start from, drawn from the seed alone."""
+    learner = build_learner(config, spec, torch.device("cpu"), generator(config.seed, "initial"))
+    return learner.state(learner.trainable | learner.statistics)

@@ -1,0 +1,46 @@
+"""Which round is reported: chosen on validation, the mean over the evaluated clients, ties to the earlier round."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fedxmr.evaluation import mean_scores
+from fedxmr.messages import Scores
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The scores of one round's models, by client; test only under the `paper` protocol."""
+
+    round: int
+    validation: Mapping[int, Scores]
+    test: Mapping[int, Scores]
+
+
+class Selection:
+    """The round that leads on validation so far, the last one, and the best on test where that is looked at."""
+
+    def __init__(self) -> None:
+        self.selected: Scored | None = None
+        self.last: Scored | None = None
+        self.best_on_test: Scored | None = None
+
+    @property
+    def round(self) -> int:
+        """The leading round, 0 for none."""
+        return self.selected.round if self.selected else 0
+
+    def offer(self, round: int, validation: Mapping[int, Scores], test: Mapping[int, Scores]) -> bool:
+        """Take note of a round; whether it now leads."""
+        self.last = Scored(round, validation, test)
+        leads = self.selected is None or _average(validation) > _average(self.selected.validation)
+        if leads:
+            self.selected = self.last
+        if test and (self.best_on_test is None or _average(test) > _average(self.best_on_test.test)):
+            self.best_on_test = self.last
+        return leads
+
+
+def _average(scores: Mapping[int, Scores]) -> float:
+    return mean_scores(list(scores.values()))["average"]

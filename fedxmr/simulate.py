@@ -1,0 +1,121 @@
+"""`python -m fedxmr.simulate`: a whole federation on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fedxmr import commands
+from fedxmr.commands import configure, option, say
+
+if TYPE_CHECKING:
+    from fedxmr.config import Config
+
+
+def simulate(
+    assignments: commands.Assignments = None,
+    config: commands.ConfigFile = None,
+    dataset: commands.DatasetName = None,
+    features: commands.Features = None,
+    data_dir: commands.DataDir = None,
+    clients: Annotated[int | None, option("how many data owners")] = None,
+    sample: Annotated[int | None, option("clients per round, drawn from (seed, round); default: all")] = None,
+    partition: Annotated[str | None, option("iid, dirichlet, shards, quantity or missing-modality")] = None,
+    strategy: Annotated[str | None, option("fedcmr (default), fedavg, fedprox or local")] = None,
+    learner: commands.LearnerName = None,
+    rounds: commands.Rounds = None,
+    seed: commands.Seed = None,
+    protocol: commands.Protocol = None,
+    evaluate_every: commands.EvaluateEvery = None,
+    evaluate_clients: Annotated[int | None, option("evaluate at most so many clients, a seeded panel")] = None,
+    evaluate_on: commands.EvaluateOnPart = None,
+    engine: commands.Engine = None,
+    threads: commands.Threads = None,
+    device: commands.Device = None,
+    tolerate_failures: Annotated[
+        bool | None, option("go on without a client that fails", "--tolerate-failures")
+    ] = None,
+    pictures: commands.Pictures = True,
+    out: commands.Out = None,
+    overwrite: commands.Overwrite = False,
+) -> None:
+    """Simulate a federation: every client trains on its own items and shares what the strategy says.
+
+    Later settings win: defaults, the strategy's preset, --config, options, KEY=VALUE.
+    """
+    options = {
+        "dataset.name": dataset,
+        "dataset.features": features,
+        "dataset.data_dir": data_dir,
+        "federation.clients": clients,
+        "federation.sample": sample,
+        "federation.rounds": rounds,
+        "federation.tolerate_failures": tolerate_failures,
+        "partition.scheme": partition,
+        "strategy.name": strategy,
+        "learner.name": learner,
+        "seed": seed,
+        "evaluation.protocol": protocol,
+        "evaluation.every": evaluate_every,
+        "evaluation.clients": evaluate_clients,
+        "evaluation.on": evaluate_on,
+        "runtime.engine": engine,
+        "runtime.threads": threads,
+        "runtime.device": device,
+    }
+    run(configure(config, options, assignments), out, overwrite=overwrite, pictures=pictures)
+
+
+def run(config: Config, out: Path | None, *, overwrite: bool = False, pictures: bool = True) -> dict[str, Any]:
+    """Check, run and report; returns the summary. Nothing is written before all that can be checked has been.
+
+    out: the run folder; None: a new one in runs/. Raises InputError, FederationError.
+    """
+    from fedxmr.timing import clock
+
+    clock.reset()
+    with clock.part("start_up"):
+        from clients.app import app as client
+        from fedxmr import recording, sources
+        from fedxmr.engines import local
+        from fedxmr.rounds import check
+        from server.app import app as server
+
+        data = sources.dataset(config)
+        parts = sources.parts(config)
+        check(config, data)
+        out = out or _free_folder(config)
+        recording.prepare(out, config, parts, overwrite)
+    say(f"{_headline(config)}\nrun folder: {out}")
+    try:
+        local.run(server, client, config.federation.clients, {"config": config.to_yaml(), "out": str(out)})
+    except BaseException:
+        say(f"stopped; what was measured so far is in {out}")
+        raise
+    from fedxmr.report import report
+
+    return report(config, data, out, pictures=pictures)
+
+
+def _headline(config: Config) -> str:
+    federation = config.federation
+    who = f"{federation.clients} client{'s' if federation.clients > 1 else ''}"
+    per_round = f", {federation.sample} per round" if federation.sample else ""
+    engine = "local" if config.runtime.engine == "local" else "local (auto: the one engine there is yet)"
+    return (
+        f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}: {who}{per_round} "
+        f"({config.partition.scheme}), {federation.rounds} rounds, seed {config.seed}, engine {engine}"
+    )
+
+
+def _free_folder(config: Config) -> Path:
+    """runs/<dataset>-<strategy>-<learner>-seed<seed>, or that with -2, -3 ... where it exists."""
+    dataset = Path(config.dataset.name).name or "folder"
+    learner = config.learner.name.rpartition(":")[2]
+    name = f"{dataset}-{config.strategy.name}-{learner}-seed{config.seed}"
+    candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 1_000_000))
+    return next(path for path in candidates if not path.exists())
+
+
+if __name__ == "__main__":
+    commands.run(simulate)

@@ -1,0 +1,194 @@
+"""How clients learn together: what they share, how much each counts, and how a client takes the result over.
+
+FedCMR (Zong et al., SIGIR 2021), FedAvg (McMahan et al., AISTATS 2017) and FedProx (Li et al., MLSys 2020) are four
+choices each - share, weigh, merge, fit - and so is every ablation between them.
+
+Departs from the FedCMR paper: sums over clients run in float64, and a client's loss is a mean per item unless
+`loss: sum` asks for the authors' sum over batches, under which the client with the most data counts least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from fedxmr.errors import InputError, unknown
+from fedxmr.types import Learner, State
+
+Share = Literal["common", "trainable", "statistics", "nothing"]
+
+
+class StrategyConfig(BaseModel):
+    """The four choices and their numbers. Defaults are FedCMR's."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field("fedcmr", description="the preset these choices start from")
+    share: Share | tuple[str, ...] = Field(
+        "common", description="common, trainable, statistics, nothing, or a list of parameter names (* matches)"
+    )
+    weigh: Literal["examples", "uniform", "gompertz"] = Field(
+        "gompertz", description="a client's weight: n_k, the same for all, or FedCMR eq. 3-5"
+    )
+    alpha: float = Field(20.0, ge=0, description="weight of the loss in eq. 5; the paper's grid is 1 to 100")
+    size_term: Literal["printed", "normalised"] = Field(
+        "printed", description="S of eq. 3 as printed, or made to sum to one as in the authors' code"
+    )
+    loss: Literal["mean", "sum"] = Field(
+        "mean", description="f of eq. 4: mean per item, or the authors' sum of batches"
+    )
+    merge: Literal["smooth", "replace"] = Field("smooth", description="how a client takes W_t over: eq. 6, or as it is")
+    gamma: float = Field(0.5, description="step along the client's own change in eq. 6; the paper's grid is -2 to 2")
+    joint_fraction: float = Field(
+        0.8, gt=0, le=1, description="share of the items in the joint stage; rest: enhancement"
+    )
+    mu: float = Field(0.0, ge=0, description="FedProx: mu/2 * ||w - w_t||^2 in the joint stage; usual grid .001 to 1")
+    server_step: float = Field(1.0, gt=0, description="W_t = W_{t-1} + server_step * (combined - W_{t-1})")
+
+
+_AVERAGE: Mapping[str, Any] = {"share": "trainable", "weigh": "examples", "merge": "replace", "joint_fraction": 1.0}
+
+STRATEGIES: Mapping[str, Mapping[str, Any]] = {
+    "fedcmr": {},
+    "fedavg": _AVERAGE,
+    "fedprox": {**_AVERAGE, "mu": 0.2},
+    "local": {**_AVERAGE, "share": "nothing"},
+}
+"""What each named strategy sets; everything else is the default."""
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The choices a strategy's name stands for. Raises InputError for an unknown name."""
+    if name not in STRATEGIES:
+        raise unknown("strategy", name, STRATEGIES)
+    return {"name": name, **STRATEGIES[name]}
+
+
+def shared_names(config: StrategyConfig, learner: Learner) -> frozenset[str]:
+    """The names of the learner's state that clients share. Raises InputError where the learner has nothing such."""
+    match config.share:
+        case "common":
+            names = learner.common
+        case "trainable":
+            names = learner.trainable
+        case "statistics":
+            names = learner.statistics
+        case "nothing":
+            return frozenset()
+        case patterns:
+            shareable = learner.trainable | learner.statistics
+            names = frozenset()
+            for pattern in patterns:
+                found = frozenset(name for name in shareable if fnmatchcase(name, pattern))
+                if not found:
+                    raise unknown("parameter in strategy.share", pattern, shareable)
+                names |= found
+    if not names:
+        raise InputError(f"strategy.share={config.share}: the learner {type(learner).__name__} has no such parameters")
+    return names
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One client's part in a round.
+
+    client: its id. n: training items. class_counts: [C] int64, training items of each class. loss: f_t^k.
+    shared: the names it owns of those that are shared.
+    """
+
+    client: int
+    n: int
+    class_counts: Tensor
+    loss: float
+    shared: State
+
+
+def client_weights(config: StrategyConfig, contributions: Sequence[Contribution]) -> Tensor:
+    """The weight q of each contribution, [K] float64, summing to one."""
+    n = torch.tensor([c.n for c in contributions], dtype=torch.float64)
+    match config.weigh:
+        case "uniform":
+            return torch.full_like(n, 1 / len(n))
+        case "examples":
+            return n / n.sum()
+        case "gompertz":
+            classes = torch.tensor([int((c.class_counts > 0).sum()) for c in contributions], dtype=torch.float64)
+            losses = torch.tensor([c.loss for c in contributions], dtype=torch.float64)
+            return gompertz(n, classes, losses, config.alpha, config.size_term)
+
+
+def gompertz(n: Tensor, classes: Tensor, losses: Tensor, alpha: float, size_term: str = "printed") -> Tensor:
+    """FedCMR's weights, eq. 3-5: softmax(S + alpha V) with V = exp(-exp(f / mean f)).
+
+    n, classes, losses: [K] float64; losses >= 0. Where every loss is 0, all count as equal to their mean.
+    Returns [K] float64, summing to one.
+    """
+    size = n / n.sum() * classes / classes.sum()
+    if size_term == "normalised":
+        size = size / size.sum()
+    mean = losses.mean()
+    ratio = losses / mean if mean > 0 else torch.ones_like(losses)
+    return torch.softmax(size + alpha * torch.exp(-torch.exp(ratio)), dim=0)
+
+
+def combine(
+    previous: State, contributions: Sequence[Contribution], weights: Tensor, by_class: frozenset[str], step: float = 1.0
+) -> State:
+    """W_t of eq. 2: per name, the weighted mean over the clients that own it; `step` > 1 goes on beyond that mean.
+
+    A row of a `by_class` name counts for the clients with an item of that class; a name or row nobody owns keeps its
+    previous value. weights: [K], renormalised over the owners. Contributions must come in client order.
+    """
+    combined: State = {}
+    for name, old in previous.items():
+        owners = [(c, w) for c, w in zip(contributions, weights.double(), strict=True) if name in c.shared]
+        # float64: the size of the federation must not show in the rounding of the sum
+        total = torch.zeros(old.shape, dtype=torch.float64)
+        mass = torch.zeros(len(old) if name in by_class else (), dtype=torch.float64)
+        for contribution, weight in owners:
+            share = weight * (contribution.class_counts > 0) if name in by_class else weight
+            total += _by_row(share, old) * contribution.shared[name].double()
+            mass += share
+        owned = mass > 0
+        mean = total / _by_row(torch.where(owned, mass, 1.0), old)
+        moved = mean if step == 1 else old + step * (mean - old)
+        combined[name] = torch.where(_by_row(owned, old), moved, old.double()).to(old.dtype)
+    return combined
+
+
+def merge(
+    config: StrategyConfig,
+    received: State,
+    before: State,
+    after: State,
+    by_class: frozenset[str],
+    class_counts: Tensor,
+) -> State:
+    """What a client goes on with: W_t itself, or eq. 6's W_t + gamma (W_t^k - W_0^k).
+
+    received: W_t. before, after: the client's W_0^k and W_t^k, of the names it owns. class_counts: [C].
+    Names, and rows of `by_class` names, that the client does not own are replaced.
+    """
+    if config.merge == "replace":
+        return dict(received)
+    merged: State = {}
+    for name, new in received.items():
+        if name not in before:
+            merged[name] = new
+            continue
+        change = config.gamma * (after[name] - before[name])
+        if name in by_class:
+            change = change * _by_row(class_counts > 0, change)
+        merged[name] = new + change
+    return merged
+
+
+def _by_row(values: Tensor, like: Tensor) -> Tensor:
+    """[rows] or [] values shaped so that they broadcast over `like` row by row."""
+    return values.reshape(-1, *[1] * (like.ndim - 1)) if values.ndim else values

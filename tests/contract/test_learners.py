@@ -1,0 +1,286 @@
+"""What every learner must do, whatever its method.
+
+For a learner outside this repository:
+
+    class TestMine(LearnerContract):
+        @pytest.fixture
+        def kind(self):
+            return MyLearner
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedxmr.learners import LEARNERS, learner_class
+from fedxmr.seeding import generator
+from fedxmr.types import DataSpec, Items, Proximal
+
+CPU = torch.device("cpu")
+CLASSES = 3
+SPEC = DataSpec(
+    {"image": 6, "text": 4}, CLASSES, class_vectors=torch.randn(CLASSES, 5, generator=generator(0, "class vectors"))
+)
+
+
+def problem(n=30, labels=None, modalities=("image", "text")) -> Items:
+    """n items of three classes that their features tell apart; every item has all the modalities named."""
+    g = generator(0, "problem")
+    if labels is None:
+        labels = torch.eye(CLASSES, dtype=torch.bool)[torch.arange(n) % CLASSES]
+    features = {}
+    for m, d in SPEC.dims.items():  # drawn for all: a client that lacks one has the same others
+        centres, noise = torch.randn(CLASSES, d, generator=g), torch.randn(n, d, generator=g)
+        features[m] = labels.float() @ centres + 0.3 * noise
+    return Items.paired({m: features[m] for m in modalities}, labels)
+
+
+def unpaired() -> Items:
+    """Items 0-19 have an image, items 10-29 a text."""
+    data = problem()
+    return Items(
+        {"image": data.features["image"][:20], "text": data.features["text"][10:]},
+        {"image": torch.arange(20), "text": torch.arange(10, 30)},
+        data.labels,
+    )
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class LearnerContract:
+    """Subclass it with a fixture `kind` that returns the learner's class."""
+
+    @pytest.fixture
+    def kind(self):
+        raise NotImplementedError
+
+    @pytest.fixture
+    def make(self, kind):
+        def make(device=CPU, seed=0):
+            rng = None if seed is None else generator(seed, "initial")
+            return kind(kind.Config(), SPEC, device, rng)
+
+        return make
+
+    @staticmethod
+    def scores(learner, data=None):
+        data = data or problem()
+        encoded = [learner.encode(m, data.features[m]) for m in ("image", "text")]
+        return learner.similarity(*encoded, ("image", "text"))
+
+    def test_what_it_names_is_in_its_state(self, make):
+        learner = make()
+        names = set(learner.state())
+        assert learner.common
+        assert learner.trainable or learner.statistics
+        for group in (learner.common, learner.trainable, learner.statistics, learner.by_class):
+            assert group <= names
+        assert set(learner.by_modality) <= set(SPEC.dims)
+        for group in learner.by_modality.values():
+            assert group <= names
+
+    def test_rows_that_belong_to_classes_are_one_per_class(self, make):
+        learner = make()
+        state = learner.state()
+        assert all(len(state[name]) == CLASSES for name in learner.by_class)
+
+    def test_one_seed_gives_one_state(self, make):
+        assert same(make(seed=5).state(), make(seed=5).state())
+        learner = make(seed=5)
+        if learner.trainable:
+            assert not same(make(seed=5).state(), make(seed=6).state())
+
+    def test_its_names_and_shapes_do_not_change_with_training(self, make):
+        learner = make()
+        before = {name: (t.shape, t.dtype) for name, t in learner.state().items()}
+        learner.fit(problem(), 1, generator(0, "fit"))
+        assert before == {name: (t.shape, t.dtype) for name, t in learner.state().items()}
+        assert before == {name: (t.shape, t.dtype) for name, t in make(seed=None).state().items()}
+
+    def test_training_is_a_function_of_the_seed(self, make, one_thread):
+        ends = []
+        for _ in range(2):
+            learner = make()
+            fit = learner.fit(problem(), 2, generator(0, "fit"))
+            ends.append(learner.state() | {"loss": torch.tensor([fit.loss, fit.loss_sum])})
+        assert same(*ends)
+
+    def test_a_saved_learner_goes_on_as_if_nothing_had_happened(self, make, one_thread):
+        through = make()
+        through.fit(problem(), 1, generator(0, "fit", 1))
+        saved = through.state()
+        through.fit(problem(), 1, generator(0, "fit", 2))
+
+        resumed = make(seed=None)
+        resumed.load(saved)
+        assert same(resumed.state(), saved)
+        resumed.fit(problem(), 1, generator(0, "fit", 2))
+        assert same(resumed.state(), through.state())
+        assert torch.equal(self.scores(resumed), self.scores(through))
+
+    def test_its_state_is_a_copy_both_ways(self, make):
+        learner = make()
+        saved = learner.state()
+        for tensor in saved.values():
+            tensor.fill_(0.5)
+        assert not same(learner.state(), saved)
+        learner.load(saved)
+        loaded = learner.state()
+        for tensor in saved.values():
+            tensor.fill_(0.25)
+        assert same(learner.state(), loaded)
+        assert all(t.device == CPU and not t.requires_grad for t in loaded.values())
+
+    def test_part_of_a_state_can_be_loaded(self, make):
+        learner, other = make(seed=0), make(seed=1)
+        before, part = learner.state(), {name: t for name, t in other.state().items() if name in learner.common}
+        learner.load(part)
+        assert same(learner.state(), before | part)
+
+    def test_a_wrong_state_raises_and_loads_nothing(self, make):
+        learner = make()
+        before = learner.state()
+        good = sorted(learner.common)[0]
+        moved = {good: before[good] + 1}
+        last = max(before, key=lambda name: before[name].numel())
+        for wrong in ({"no.such.name": torch.zeros(1)}, {last: torch.zeros(2, 3, 4, 5)}):
+            with pytest.raises(ValueError, match=next(iter(wrong))):
+                learner.load(moved | wrong)
+            assert same(learner.state(), before)
+
+    def test_it_leaves_the_data_alone(self, make):
+        data, untouched = problem(), problem()
+        learner = make()
+        learner.fit(data, 1, generator(0, "fit"))
+        self.scores(learner, data)
+        assert same(data.features, untouched.features)
+        assert same(data.rows, untouched.rows)
+        assert torch.equal(data.labels, untouched.labels)
+
+    def test_it_leaves_the_global_generator_alone(self, make):
+        before = torch.get_rng_state()
+        learner = make()
+        learner.fit(problem(), 1, generator(0, "fit"))
+        self.scores(learner)
+        assert torch.equal(torch.get_rng_state(), before)
+
+    def test_encoding_changes_nothing(self, make):
+        learner = make()
+        before = learner.state()
+        encoded = learner.encode("image", problem().features["image"])
+        assert not encoded.requires_grad
+        assert encoded.dtype == torch.float32
+        assert same(learner.state(), before)
+
+    def test_permuting_the_gallery_permutes_the_columns(self, make):
+        learner, data = make(), problem()
+        query, gallery = (learner.encode(m, data.features[m]) for m in ("image", "text"))
+        order = torch.randperm(len(gallery), generator=generator(0, "gallery"))
+        scores = learner.similarity(query, gallery, ("image", "text"))
+        permuted = learner.similarity(query, gallery[order], ("image", "text"))
+        torch.testing.assert_close(permuted, scores[:, order], rtol=1e-5, atol=1e-6)
+
+    def test_queries_and_gallery_may_differ_in_number_and_order(self, make):
+        learner, data = make(), problem()
+        image, text = (learner.encode(m, data.features[m]) for m in ("image", "text"))
+        assert learner.similarity(image[:7], text, ("image", "text")).shape == (7, 30)
+        assert learner.similarity(text[:1], image[:5], ("text", "image")).shape == (1, 5)
+
+    def test_training_brings_items_of_one_class_closer(self, make):
+        learner = make()
+        shared = problem().labels.float() @ problem().labels.float().T > 0
+
+        def margin():
+            scores = self.scores(learner)
+            return float(scores[shared].mean() - scores[~shared].mean())
+
+        before = margin()
+        assert learner.fit(problem(), 20, generator(0, "fit")).trained
+        assert margin() > before
+
+    def test_a_large_mu_keeps_what_is_shared_at_the_anchor(self, make):
+        moved = {}
+        for mu in (0.0, 1e4):
+            learner = make()
+            start = learner.state()
+            if not learner.trainable:
+                pytest.skip("nothing that FedProx shares")
+            anchor = {name: start[name] for name in learner.trainable}
+            learner.fit(problem(), 20, generator(0, "fit"), Proximal(mu, anchor))
+            end = learner.state()
+            moved[mu] = sum(float((end[name] - start[name]).square().sum()) for name in anchor)
+        assert moved[1e4] < moved[0.0] / 10
+
+    @pytest.mark.parametrize(
+        "data",
+        [
+            pytest.param(problem(labels=torch.tensor([[True, False, False]]).expand(30, 3)), id="one class"),
+            pytest.param(problem(n=1), id="one item"),
+            pytest.param(problem(modalities=("image",)), id="image only"),
+            pytest.param(problem(modalities=("text",)), id="text only"),
+            pytest.param(
+                problem(labels=torch.rand(30, 3, generator=generator(0, "labels")) < 0.6), id="several classes, or none"
+            ),
+            pytest.param(unpaired(), id="unpaired"),
+            pytest.param(Items({}, {}, problem().labels), id="no modality"),
+            pytest.param(problem(n=0), id="no item"),
+        ],
+    )
+    def test_clients_that_lack_something(self, make, data):
+        learner = make()
+        before = learner.state()
+        fit = learner.fit(data, 2, generator(0, "fit"))
+        assert math.isfinite(fit.loss)
+        assert fit.loss >= 0
+        after = learner.state()
+        assert all(torch.isfinite(t).all() for t in after.values())
+        assert fit.trained or same(before, after)
+        for modality in set(SPEC.dims) - set(data.modalities):
+            for name in learner.by_modality[modality]:
+                assert torch.equal(before[name], after[name])
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    def test_cpu_and_gpu_agree(self, make):
+        ends = []
+        for device in (CPU, torch.device("cuda")):
+            learner = make(device)
+            fit = learner.fit(unpaired(), 2, generator(0, "fit"))
+            ends.append((learner.state(), fit.loss, self.scores(learner).cpu()))
+        (cpu, cpu_loss, cpu_scores), (gpu, gpu_loss, gpu_scores) = ends
+        assert gpu_loss == pytest.approx(cpu_loss, rel=1e-3)
+        torch.testing.assert_close(gpu_scores, cpu_scores, rtol=0, atol=5e-3)
+        assert cpu.keys() == gpu.keys()
+
+
+class TestRegisteredLearners(LearnerContract):
+    @pytest.fixture(params=sorted(LEARNERS))
+    def kind(self, request):
+        return learner_class(request.param)
+
+
+@pytest.mark.parametrize("name", sorted(LEARNERS))
+def test_every_registered_learner_has_a_reference_test(name):
+    assert (Path(__file__).parents[1] / "reference" / f"test_{name}_reference.py").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(LEARNERS))
+def test_every_option_of_a_learner_is_described_and_frozen(name):
+    config = learner_class(name).Config
+    assert config.model_config["extra"] == "forbid"
+    assert config.model_config["frozen"]
+    assert all(field.description for field in config.model_fields.values())

@@ -1,0 +1,77 @@
+"""A state file comes back bit for bit or not at all."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedxmr import state
+from fedxmr.errors import InputError
+
+STATE = {"a.weight": torch.randn(3, 2), "b": torch.tensor(1.5, dtype=torch.float64), "n": torch.arange(4)}
+
+
+def test_round_trip(tmp_path):
+    state.save(tmp_path / "deep" / "x.safetensors", STATE, {"round": 3})
+    got, about = state.load(tmp_path / "deep" / "x.safetensors")
+    assert about == {"round": 3}
+    assert got.keys() == STATE.keys()
+    assert all(torch.equal(got[name], STATE[name]) for name in STATE)
+    assert os.listdir(tmp_path / "deep") == ["x.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    path = tmp_path / "x.safetensors"
+    state.save(path, STATE, {"round": 1})
+
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        state.save(path, STATE, {"round": 2})
+    assert state.load(path)[1] == {"round": 1}
+    assert os.listdir(tmp_path) == ["x.safetensors"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
+def test_no_changed_byte_goes_unnoticed(tmp_path, position, flip):
+    path = tmp_path / "x.safetensors"
+    state.save(path, STATE, {"round": 3})
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= flip
+    path.write_bytes(content)
+    try:
+        got, about = state.load(path)
+    except InputError:
+        return
+    assert about == {"round": 3}  # a byte that says nothing, such as padding
+    assert state.sha256(got) == state.sha256(STATE)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100])
+def test_a_truncated_file_is_refused_in_one_line(tmp_path, keep):
+    path = tmp_path / "x.safetensors"
+    state.save(path, STATE, {})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(InputError) as caught:
+        state.load(path)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_digest_sees_names_shapes_types_and_bits_but_not_order():
+    same = dict(reversed(STATE.items()))
+    assert state.sha256(same) == state.sha256(STATE)
+    for other in (
+        {**STATE, "b": torch.tensor(1.5)},
+        {**STATE, "a.weight": STATE["a.weight"].reshape(2, 3)},
+        {"A.weight": STATE["a.weight"], "b": STATE["b"], "n": STATE["n"]},
+        {**STATE, "b": torch.tensor(-1.5, dtype=torch.float64)},
+    ):
+        assert state.sha256(other) != state.sha256(STATE)

@@ -1,0 +1,95 @@
+"""Every message survives the wire bit for bit, and a foreign one is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from fedxmr import wire
+from fedxmr.messages import Farewell, Registration, Report, Task, Update
+from fedxmr.scaling import Moments, Scaler
+from fedxmr.types import DataSpec
+
+
+def same(a: object, b: object) -> bool:
+    """Equality through dataclasses and mappings down to tensors, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if hasattr(a, "__dataclass_fields__"):
+        return type(a) is type(b) and all(same(getattr(a, f), getattr(b, f)) for f in a.__dataclass_fields__)
+    return a == b
+
+
+SHARED = {"common.weight": torch.randn(3, 2), "step": torch.tensor(3.0), "mask": torch.tensor([True, False])}
+
+
+def registration() -> Registration:
+    moments = {"image": Moments.of(torch.randn(5, 4)), "text": Moments.of(torch.randn(0, 2))}
+    spec = DataSpec({"image": 4, "text": 2}, 3, class_vectors=torch.randn(3, 7))
+    return Registration(2, 5, torch.tensor([2, 3, 0]), spec, ("image",), moments, {"torch": "2.13"}, "ab12")
+
+
+@pytest.mark.parametrize(
+    ("message", "pack", "unpack"),
+    [
+        (registration(), wire.pack_registration, wire.unpack_registration),
+        (Task(4, 1, 3, SHARED, evaluate=True, leader=2), wire.pack_task, wire.unpack_task),
+        (
+            Task(1, 0, 0, {}, scaler=Scaler({"image": torch.ones(2)}, {"image": torch.ones(2)})),
+            wire.pack_task,
+            wire.unpack_task,
+        ),
+        (
+            Update(4, 1, 5, torch.tensor([5]), 0.1 + 0.2, SHARED, {"a->b": 1 / 3}, None, {"fit": 0.5}),
+            wire.pack_update,
+            wire.unpack_update,
+        ),
+        (Update(4, 1, 5, torch.tensor([5]), None, {}), wire.pack_update, wire.unpack_update),
+        (Farewell(1, 3, 40, True), wire.pack_farewell, wire.unpack_farewell),
+        (Report(1, {"a->b": 0.5}, None, "ff"), wire.pack_report, wire.unpack_report),
+    ],
+)
+def test_a_message_survives(message, pack, unpack):
+    assert same(unpack(pack(message)), message)
+
+
+def test_arrays_arrive_in_memory_of_their_own():
+    sent = {"w": torch.arange(6.0).reshape(2, 3).T}  # not contiguous
+    got = wire.unpack_arrays(wire.pack_arrays(sent))["w"]
+    assert torch.equal(got, sent["w"])
+    got.zero_()
+    assert sent["w"].sum() == 15
+
+
+def test_payload_is_the_bytes_of_the_arrays():
+    task = Task(1, 0, 0, {"w": torch.zeros(3, 2), "b": torch.zeros(2, dtype=torch.float64)})
+    assert wire.payload(wire.pack_task(task)) == 3 * 2 * 4 + 2 * 8
+
+
+def facts(text: str) -> RecordDict:
+    return RecordDict({"facts": ConfigRecord({"json": text})})
+
+
+@pytest.mark.parametrize("unpack", [wire.unpack_registration, wire.unpack_task, wire.unpack_update, wire.unpack_report])
+@pytest.mark.parametrize("content", [RecordDict(), facts("{"), facts("{}"), facts('{"round": "x"}'), facts("[]")])
+def test_a_foreign_message_is_refused(unpack, content):
+    with pytest.raises(wire.WireError):
+        unpack(content)
+
+
+@pytest.mark.parametrize(
+    ("array", "says"),
+    [
+        (Array("float32", (2,), "numpy.ndarray", b"\0" * 8), "expected raw bytes"),
+        (Array("object", (2,), "fedxmr.raw", b"\0" * 8), "expected raw bytes"),
+        (Array("float32", (-2,), "fedxmr.raw", b""), "expected raw bytes"),
+        (Array("float32", (3,), "fedxmr.raw", b"\0" * 8), "expected 12 bytes"),
+        (Array("float32", (1 << 60,), "fedxmr.raw", b"\0" * 8), "expected"),
+    ],
+)
+def test_an_array_that_is_not_what_it_says_is_refused(array, says):
+    with pytest.raises(wire.WireError, match=says):
+        wire.unpack_arrays(ArrayRecord({"w": array}))
