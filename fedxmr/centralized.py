@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from fedxmr import commands
 from fedxmr.commands import configure
 from fedxmr.simulate import run
@@ -52,4 +54,4 @@ def centralized(
 
 
 if __name__ == "__main__":
-    commands.run(centralized)
+    sys.exit(commands.run(centralized))

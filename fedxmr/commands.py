@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import click
 import typer
@@ -92,17 +92,13 @@ def say(line: object) -> None:
     Console(highlight=False).print(line, soft_wrap=isinstance(line, str), markup=False)
 
 
-def run(command: Callable[..., None]) -> NoReturn:
-    """Run a command's function on the command line's arguments, and exit."""
+def run(command: Callable[..., None], arguments: Sequence[str] | None = None) -> int:
+    """Run a command's function on the command line's arguments; returns the exit code."""
     os.environ.update(QUIET)
     application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     application.command()(command)
-    sys.exit(_exit_code(application))
-
-
-def _exit_code(application: typer.Typer) -> int:
     try:
-        status = application(standalone_mode=False)
+        return int(application(arguments, standalone_mode=False) or OK)
     except (click.exceptions.Abort, KeyboardInterrupt):
         return INTERRUPTED
     except click.ClickException as error:
@@ -111,7 +107,6 @@ def _exit_code(application: typer.Typer) -> int:
         return _complain(str(error), BAD_INPUT)
     except FederationError as error:
         return _complain(str(error), FAILED)
-    return int(status or OK)
 
 
 def _complain(line: str, code: int) -> int:

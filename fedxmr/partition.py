@@ -12,6 +12,7 @@ quantity: every client has `min_items` at random, and the rest is shared out by 
 from __future__ import annotations
 
 import heapq
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,9 @@ from fedxmr.types import Items
 
 RETRIES = 100
 """How often a division is drawn before a client with too few items is an error."""
+
+# whatever opening an .npz that is none, or is damaged, can raise
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, BadZipFile, zlib.error)
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -76,9 +80,10 @@ class Part:
         features, rows = {}, {}
         for modality, x in train.features.items():
             held = self.held.get(modality, self.items[:0])
-            if not torch.isin(held, train.rows[modality], assume_unique=True).all():
+            at = torch.searchsorted(train.rows[modality], held)
+            if len(held) and (int(at[-1]) >= len(x) or not train.rows[modality][at].equal(held)):
                 raise InputError(f"partition: expected training items that have {modality}, got some without it")
-            features[modality] = x[torch.searchsorted(train.rows[modality], held)]
+            features[modality] = x[at]
             rows[modality] = torch.searchsorted(self.items, held)
         return Items(features, rows, train.labels[self.items])
 
@@ -141,31 +146,32 @@ def load_partition(path: Path) -> Sequence[Part]:
             arrays = {name: archive[name] for name in archive.files}
         items, offsets = arrays["items"], arrays["offsets"]
         held = {name.removeprefix("held/"): mask for name, mask in arrays.items() if name.startswith("held/")}
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError, BadZipFile) as error:
+    except _UNREADABLE as error:
         raise InputError(f"{path}: expected a saved partition, got a file that cannot be read ({error})") from error
-    sizes = np.diff(offsets)
-    if (
-        items.dtype != np.int64
-        or offsets.dtype != np.int64
-        or any(mask.dtype != np.bool_ or mask.shape != items.shape for mask in held.values())
-        or (sizes < 0).any()
-        or (offsets[0], offsets[-1]) != (0, len(items))
-    ):
+    arrays_fit = all(a.ndim == 1 and a.dtype == np.int64 for a in (items, offsets)) and all(
+        mask.dtype == np.bool_ and mask.shape == items.shape for mask in held.values()
+    )
+    if not arrays_fit or not len(offsets) or [offsets[0], offsets[-1]] != [0, len(items)]:
         raise InputError(f"{path}: expected items, offsets and held/<modality> that fit each other, got others")
+    sizes = np.diff(offsets)
+    within = np.ones(len(items), dtype=np.bool_)
+    within[offsets[:-1][sizes > 0]] = False  # a client's first item follows another client's
+    if (sizes < 0).any() or (items < 0).any() or (np.diff(items, prepend=-1)[within] <= 0).any():
+        raise InputError(f"{path}: expected ascending items for each client, got others")
     return _parts(items, sizes, held)
 
 
 def _parts(items: Ints, sizes: Ints, held: Mapping[str, Bools]) -> Sequence[Part]:
     """Views, client by client, of all clients' items [N] and of which are held [N] in each modality."""
-    by_client = torch.from_numpy(items).split(sizes.tolist())
+    by_client = torch.from_numpy(items).split_with_sizes(sizes.tolist())
     ends = np.cumsum(sizes)
     held_by_client = {}
     for modality, mask in held.items():
         if mask.all():
             held_by_client[modality] = by_client
         else:
-            ends_held = np.append(0, np.cumsum(mask))[ends]
-            held_by_client[modality] = torch.from_numpy(items[mask]).split(np.diff(ends_held, prepend=0).tolist())
+            held_sizes = np.diff(np.append(0, np.cumsum(mask))[ends], prepend=0)
+            held_by_client[modality] = torch.from_numpy(items[mask]).split_with_sizes(held_sizes.tolist())
     return [Part(own, {m: h[k] for m, h in held_by_client.items()}) for k, own in enumerate(by_client)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -118,4 +119,4 @@ def _free_folder(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    commands.run(simulate)
+    sys.exit(commands.run(simulate))

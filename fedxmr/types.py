@@ -108,7 +108,7 @@ class DataSpec:
 class Fit:
     """What a stage of training reports.
 
-    loss: mean per item over all epochs of the stage; finite and >= 0.
+    loss: mean per item over all epochs of the stage; finite and >= 0 unless training diverged: the server refuses it.
     loss_sum: the batches' mean losses summed over batches and epochs, as the FedCMR authors' code reports it.
     trained: False where this client could not train at all (one modality, say, where the learner needs two).
     """

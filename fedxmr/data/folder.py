@@ -222,9 +222,9 @@ def _split(path: Path, items: int) -> Mapping[str, Tensor]:
         if array.ndim != 1 or array.dtype.kind not in "iu" or not len(array):
             raise InputError(f"{path}: expected {part} to be item numbers [n], got {_describe(array)}")
         parts[part] = _indices(path, array, items)
-        values, counts = parts[part].unique(return_counts=True)
+        values, counts = np.unique(array, return_counts=True)
         if len(values) < len(array):
-            raise InputError(f"{path}: expected no item twice in {part}, got item {int(values[counts > 1][0])} again")
+            raise InputError(f"{path}: expected no item twice in {part}, got item {values[counts > 1][0]} again")
     for one, other in combinations(PARTS, 2):
         shared = parts[one][torch.isin(parts[one], parts[other])]
         if len(shared):

@@ -21,7 +21,7 @@ def stratified(classes: Tensor, sizes: Sequence[int], rng: Generator) -> list[Te
     for size in sizes:
         counts = torch.bincount(classes[left])
         share = _proportional(counts, size)
-        by_class = left[classes[left].argsort(stable=True)].split(counts.tolist())
+        by_class = left[classes[left].argsort(stable=True)].split_with_sizes(counts.tolist())
         parts.append(torch.cat([c[:k] for c, k in zip(by_class, share.tolist(), strict=True)]).sort().values)
         left = torch.cat([c[k:] for c, k in zip(by_class, share.tolist(), strict=True)])
     return parts

@@ -89,8 +89,9 @@ def _observe(latent: Tensor, dim: int, rng: Generator) -> Tensor:
     first = torch.randn(LATENT + PRIVATE, HIDDEN, generator=rng, dtype=torch.float64) / LATENT**0.5
     second = torch.randn(HIDDEN, dim, generator=rng, dtype=torch.float64) / HIDDEN**0.5
     features = torch.empty(len(latent), dim)
-    for points, out in zip(latent.split(CHUNK), features.split(CHUNK), strict=True):
+    for start in range(0, len(latent), CHUNK):
+        points = latent[start : start + CHUNK]
         private = torch.randn(len(points), PRIVATE, generator=rng, dtype=torch.float64)
         # float64, then rounded: the number of threads must not show in the features
-        out.copy_(torch.tanh(torch.cat([points, private], 1) @ first) @ second)
+        features[start : start + CHUNK] = torch.tanh(torch.cat([points, private], 1) @ first) @ second
     return features

@@ -70,8 +70,8 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
     names = tuple(locate(CATEGORIES, data_dir).read_text(encoding="utf-8").split())
     classes = torch.cat([_classes(TRAIN_LIST, TRAIN, names, data_dir), _classes(TEST_LIST, TEST, names, data_dir)])
     read = {"cnn-tfidf": _cnn_tfidf, "sift-lda": _sift_lda}[options.features]
-    image, text, scaling, notes = read(classes, data_dir)
     labels = multi_hot(classes, len(names))
+    image, text, scaling, notes = read(labels, data_dir)
 
     train = Items.paired({"image": image[:TRAIN], "text": text[:TRAIN]}, labels[:TRAIN])
     all_test = Items.paired({"image": image[TRAIN:], "text": text[TRAIN:]}, labels[TRAIN:])
@@ -95,18 +95,18 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
     )
 
 
-def _cnn_tfidf(classes: Tensor, data_dir: Path | None) -> _Features:
+def _cnn_tfidf(labels: Tensor, data_dir: Path | None) -> _Features:
     cnn, tfidf = locate(CNN, data_dir), locate(TFIDF, data_dir)
     struct, texts = read_mat(cnn).get("data"), read_mat(tfidf)
     if not isinstance(struct, dict):
         raise InputError(f"{cnn}: expected a struct 'data', got {type(struct).__name__}")
     image = _matrix(cnn, struct, "X1", (128, TRAIN + TEST)).T.contiguous()
-    one_hot = _matrix(cnn, struct, "Y", (len(classes.unique()), TRAIN + TEST)).T
-    differing = (one_hot != multi_hot(classes, one_hot.shape[1])).any(1)
+    own_labels = _matrix(cnn, struct, "Y", (labels.shape[1], TRAIN + TEST)).T
+    differing = (own_labels != labels).any(1)
     if differing.any():
         row = int(differing.nonzero()[0])
         raise InputError(f"{cnn}: expected the labels of the .list files, got others in {int(differing.sum())} "
-                         f"of {len(classes)} rows, first in row {row}")  # fmt: skip
+                         f"of {len(labels)} rows, first in row {row}")  # fmt: skip
     text = torch.cat([
         _matrix(tfidf, texts, "T_tfidf_tr", (TRAIN, 1000)),
         _matrix(tfidf, texts, "T_tfidf_te", (TEST, 1000)),
@@ -115,7 +115,7 @@ def _cnn_tfidf(classes: Tensor, data_dir: Path | None) -> _Features:
     return _Features(image, text, {"image": "standardise", "text": "norm"}, (fitted,))
 
 
-def _sift_lda(classes: Tensor, data_dir: Path | None) -> _Features:
+def _sift_lda(labels: Tensor, data_dir: Path | None) -> _Features:  # noqa: ARG001 - this file has no labels
     path = locate(SHALLOW, data_dir)
     raw = read_mat(path)
     image = torch.cat([_matrix(path, raw, "I_tr", (TRAIN, 128)), _matrix(path, raw, "I_te", (TEST, 128))])

@@ -53,16 +53,16 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.fixture
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class LearnerContract:
     """Subclass it with a fixture `kind` that returns the learner's class."""
+
+    @pytest.fixture(autouse=True)
+    def one_thread(self):
+        """Bit-equality is promised at one thread; and small steps wait for each other's threads on a busy machine."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        yield
+        torch.set_num_threads(threads)
 
     @pytest.fixture
     def kind(self):
@@ -111,7 +111,7 @@ class LearnerContract:
         assert before == {name: (t.shape, t.dtype) for name, t in learner.state().items()}
         assert before == {name: (t.shape, t.dtype) for name, t in make(seed=None).state().items()}
 
-    def test_training_is_a_function_of_the_seed(self, make, one_thread):
+    def test_training_is_a_function_of_the_seed(self, make):
         ends = []
         for _ in range(2):
             learner = make()
@@ -119,7 +119,7 @@ class LearnerContract:
             ends.append(learner.state() | {"loss": torch.tensor([fit.loss, fit.loss_sum])})
         assert same(*ends)
 
-    def test_a_saved_learner_goes_on_as_if_nothing_had_happened(self, make, one_thread):
+    def test_a_saved_learner_goes_on_as_if_nothing_had_happened(self, make):
         through = make()
         through.fit(problem(), 1, generator(0, "fit", 1))
         saved = through.state()

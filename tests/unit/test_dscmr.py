@@ -18,6 +18,15 @@ CPU = torch.device("cpu")
 SPEC = DataSpec({"image": 5, "text": 3}, 4)
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small steps wait for each other's threads on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def learner(spec=SPEC, **options):
     return DSCMR(DSCMRConfig(**{"hidden": 8, "width": 6} | options), spec, CPU, generator(0, "initial"))
 
@@ -159,18 +168,24 @@ def test_encode_takes_many_and_no_rows():
     assert model.encode("text", x[:0]).shape == (0, 6)
 
 
-def test_training_separates_the_classes():
+def test_trained_items_find_their_own_class_first():
     g = generator(0, "classes")
     labels = torch.eye(4, dtype=torch.bool)[torch.arange(40) % 4]
     centres = {m: torch.randn(4, d, generator=g) for m, d in SPEC.dims.items()}
     features = {m: labels.float() @ c + 0.1 * torch.randn(40, c.shape[1], generator=g) for m, c in centres.items()}
     data = Items.paired(features, labels)
-    model = learner(optimizer={"lr": 0.01})
+    model = learner(hidden=32, width=32, optimizer={"lr": 0.01})
+
+    def first_is_right():
+        image, text = (model.encode(m, data.features[m]) for m in ("image", "text"))
+        nearest = model.similarity(image, text, ("image", "text")).argmax(dim=1)
+        return float((labels[nearest] & labels).any(dim=1).float().mean())
+
+    before = first_is_right()
     first = model.fit(data, 1, generator(0, "fit")).loss
-    assert model.fit(data, 40, generator(1, "fit")).loss < first / 2
-    scores = model.similarity(*(model.encode(m, data.features[m]) for m in SPEC.dims), ("image", "text"))
-    same = (labels.float() @ labels.float().T).bool()
-    assert scores[same].mean() > scores[~same].mean() + 0.5
+    assert model.fit(data, 80, generator(1, "fit")).loss < first
+    assert before < 0.6
+    assert first_is_right() == 1.0
 
 
 @settings(max_examples=30, deadline=None)

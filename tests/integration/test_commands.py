@@ -1,0 +1,219 @@
+"""The commands as a user meets them: one line and exit code 2 for whatever is wrong, and nothing half-written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedxmr import commands
+from fedxmr.centralized import centralized
+from fedxmr.simulate import simulate
+from tests.federations import SMALL
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    """A working directory with nothing in it, and no cached data anywhere."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FEDXMR_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--dataset", "wikipdia"], "unknown dataset 'wikipdia'; did you mean 'wikipedia'?"),
+        (["--learner", "dscrm"], "unknown learner 'dscrm'; did you mean 'dscmr'?"),
+        (["--learner", "no.such:Learner"], "learner 'no.such:Learner'"),
+        (["--strategy", "fedvag"], "unknown strategy 'fedvag'; did you mean 'fedavg'?"),
+        (["strategy.gama=1"], "unknown configuration key 'strategy.gama'; did you mean 'strategy.gamma'?"),
+        (["stratgy.gamma=1"], "unknown configuration key 'stratgy'; did you mean 'strategy'?"),
+        (["learner.hiden=3"], "unknown configuration key 'learner.hiden'; did you mean 'learner.hidden'?"),
+        (["learner.optimizer.lrr=3"], "'learner.optimizer.lrr'; did you mean 'learner.optimizer.lr'?"),
+        (["--dataset", "synthetic", "dataset.itms=3"], "'dataset.itms'; did you mean 'dataset.items'?"),
+        (["--dataset", "digits", "--features", "sift-lda"], "unknown configuration key 'dataset.features'"),
+        (["strategy.gamma=fast"], "strategy.gamma: input should be a valid number"),
+        (["federation.rounds=2.5"], "federation.rounds: input should be a valid integer"),
+        (["strategy.joint_fraction=1.5"], "strategy.joint_fraction: input should be less than or equal to 1, got 1.5"),
+        (["--rounds", "0"], "federation.rounds: input should be greater than 0, got 0"),
+        (["--rounds", "many"], "'many' is not a valid integer"),
+        (["--engine", "warp"], "'warp' is not one of"),
+        (["--clients", "3", "--sample", "4"], "federation: sample: expected at most the 3 clients, got 4"),
+        (["--clients", "5000"], "5000"),
+        (["--partition", "shard"], "partition.scheme: input should be"),
+        (["--partition", "dirichlet", "partition.alpha=0.001", "partition.min_items=360"], "partition dirichlet"),
+        (["gamma"], "'gamma': expected key=value"),
+        (["strategy.gamma=[1"], "strategy.gamma: expected a YAML value"),
+        (["strategy.share=[nothing.*]"], "unknown parameter in strategy.share 'nothing.*'"),
+        (["strategy.share=statistics"], "the learner DSCMR has no such parameters"),
+        (["dataset.scaling={image: none}"], "unknown modality in dataset.scaling 'image'"),
+        (["--config", "no.yaml"], "no.yaml: cannot be read"),
+        (["--config", "list.yaml"], "list.yaml: expected keys and values, got list"),
+        (["--config", "broken.yaml"], "broken.yaml: not YAML"),
+        (["--dataset", "./folder"], "folder: expected a folder, got nothing there"),
+        (["--device", "cuda:77"], "runtime.device: 'cuda:77' cannot be used here"),
+        (["--device", "gpu"], "runtime.device: 'gpu' cannot be used here"),
+        (["--out", "taken"], "taken: already exists; pass --overwrite"),
+        (["--out", "taken", "--overwrite"], "taken: already exists; it is no run folder"),
+        (["--no-such-option"], "No such option"),
+    ],
+)
+def test_bad_input_gets_one_line_and_leaves_nothing(empty, capsys, arguments, says):
+    (empty / "taken").mkdir()
+    (empty / "taken" / "thesis.txt").write_text("precious")
+    (empty / "list.yaml").write_text("[1, 2]")
+    (empty / "broken.yaml").write_text("a: [")
+    before = sorted(empty.rglob("*"))
+    assert commands.run(simulate, arguments) == commands.BAD_INPUT
+    captured = capsys.readouterr()
+    assert says.lower() in captured.err.lower()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert sorted(empty.rglob("*")) == before
+
+
+def test_a_missing_file_offline_is_named_with_its_address_and_the_two_ways_out(empty, capsys, monkeypatch):
+    for proxy in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.setenv(proxy, "http://127.0.0.1:9")  # nobody listens: as good as offline
+    assert commands.run(simulate, ["--dataset", "wikipedia"]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "https://" in error
+    assert "FEDXMR_DATA" in error or "--data-dir" in error
+    assert not (empty / "runs").exists()
+
+
+def folder(path: Path, **changed: np.ndarray) -> Path:
+    (path / "features").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    arrays = {"image": rng.normal(size=(30, 4)), "text": rng.normal(size=(30, 3)), "labels": np.arange(30) % 3}
+    arrays |= changed
+    for name in ("image", "text"):
+        np.save(path / "features" / f"{name}.npy", arrays[name])
+    np.save(path / "labels.npy", arrays["labels"])
+    np.savez(path / "split.npz", train=np.arange(20), validation=np.arange(20, 25), test=np.arange(25, 30))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"image": np.full((30, 4), np.nan)}, "image"),
+        ({"labels": np.arange(29) % 3}, "expected 29 rows, one per label, got 30"),
+        ({"text": np.zeros((30, 3, 2))}, "text"),
+    ],
+)
+def test_a_bad_folder_gets_one_line(empty, capsys, changed, says):
+    folder(empty / "mine", **changed)
+    assert commands.run(simulate, ["--dataset", "mine/"]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (empty / "runs").exists()
+
+
+def test_a_users_own_folder_runs(empty):
+    folder(empty / "mine")
+    small = [a for a in SMALL if not a.startswith("dataset")]
+    arguments = ["--dataset", "mine/", "--no-pictures", "--out", "run", *small, "federation.rounds=1"]
+    assert commands.run(simulate, arguments) == commands.OK
+    assert (empty / "run" / "summary.json").is_file()
+
+
+def test_an_existing_run_folder_is_replaced_only_when_asked(empty, capsys):
+    arguments = [*SMALL, "--no-pictures", "--out", "run", "--rounds", "1"]
+    assert commands.run(simulate, arguments) == commands.OK
+    first = (empty / "run" / "summary.json").read_bytes()
+    assert commands.run(simulate, arguments) == commands.BAD_INPUT
+    assert (empty / "run" / "summary.json").read_bytes() == first
+    assert commands.run(simulate, [*arguments, "--seed", "1", "--overwrite"]) == commands.OK
+    assert (empty / "run" / "summary.json").read_bytes() != first
+
+
+def test_without_out_every_run_gets_a_folder_of_its_own(empty):
+    for _ in range(2):
+        assert commands.run(simulate, [*SMALL, "--no-pictures", "--rounds", "1"]) == commands.OK
+    assert sorted(p.name for p in (empty / "runs").iterdir()) == [
+        "synthetic-fedcmr-dscmr-seed0",
+        "synthetic-fedcmr-dscmr-seed0-2",
+    ]
+
+
+def test_later_settings_win(empty):
+    from fedxmr.commands import configure
+
+    (empty / "my.yaml").write_text("strategy: {name: fedcmr, gamma: 1.0, alpha: 5}\nfederation: {rounds: 7}\n")
+    by_option = configure(empty / "my.yaml", {"federation.rounds": 8}, ["strategy.alpha=6"])
+    assert (by_option.strategy.gamma, by_option.strategy.alpha, by_option.federation.rounds) == (1.0, 6.0, 8)
+    renamed = configure(empty / "my.yaml", {"strategy.name": "fedavg"}, [])
+    assert renamed.strategy.share == "trainable"
+    assert renamed.strategy.gamma == 0.5  # another strategy starts anew
+
+
+def test_the_table_shows_every_client_and_the_mean(empty, capsys):
+    assert commands.run(simulate, [*SMALL, "--no-pictures"]) == commands.OK
+    out = capsys.readouterr().out
+    assert "mean" in out
+    assert "cross-client" in out
+    assert "moved" in out
+
+
+def test_centralized_is_one_client_with_everything(empty, capsys):
+    assert commands.run(centralized, [*SMALL, "--no-pictures", "--out", "run"]) == commands.OK
+    assert '"clients": 1' in (empty / "run" / "summary.json").read_text()
+    assert "0.0 MB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", ["fedxmr.simulate", "fedxmr.centralized"])
+def test_help_imports_nothing_heavy(module):
+    """`--help` is to come at once; what takes its time are these imports."""
+    code = (
+        f"import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module({module!r}, run_name='__main__')\n"
+        f"except SystemExit: pass\n"
+        f"print(sorted({{'torch', 'flwr', 'ray', 'numpy', 'pydantic', 'scipy', 'sklearn'}} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    assert "--rounds" in shown.stdout
+    assert shown.stdout.endswith("[]\n"), shown.stdout[-200:]
+
+
+def test_ctrl_c_ends_the_run_says_where_the_results_are_and_exits_130(tmp_path):
+    command = [sys.executable, "-m", "fedxmr.simulate", *SMALL, "--rounds", "100000", "--out", str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_for_line(tmp_path / "run" / "metrics.jsonl", process)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == commands.INTERRUPTED, err
+    assert f"what was measured so far is in {tmp_path / 'run'}" in out
+    assert "Traceback" not in err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().endswith("\n")
+
+
+def wait_for_line(path: Path, process: subprocess.Popen[str]) -> None:
+    import time
+
+    deadline = time.monotonic() + 120
+    while not (path.is_file() and path.read_text()):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_two_processes_of_one_seed_agree(tmp_path):
+    from tests.federations import same_bytes
+
+    for name in ("a", "b"):
+        command = [sys.executable, "-m", "fedxmr.simulate", *SMALL, "--no-pictures", "--out", str(tmp_path / name)]
+        subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120, env={**os.environ})
+    assert same_bytes(tmp_path / "a", tmp_path / "b")

@@ -1,0 +1,257 @@
+"""A user's own folder: what it may hold, and one line for each way it can be wrong."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fedxmr.data import folder as folder_module
+from fedxmr.data import load_dataset
+from fedxmr.errors import InputError
+
+N = 12
+CLASSES = np.arange(N) % 3
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve items of three classes, seen through two complete modalities."""
+    made = tmp_path / "mine"
+    (made / "features").mkdir(parents=True)
+    (made / "rows").mkdir()
+    rng = np.random.default_rng(0)
+    np.save(made / "features" / "image.npy", rng.normal(size=(N, 4)))
+    np.save(made / "features" / "text.npy", rng.integers(9, size=(N, 3)))
+    np.save(made / "labels.npy", CLASSES)
+    save_split(made)
+    return made
+
+
+def save_split(folder: Path, **parts: object) -> None:
+    given = {"train": np.arange(6), "validation": np.arange(6, 9), "test": np.arange(9, 12)}
+    np.savez(folder / "split.npz", **{name: np.asarray(index) for name, index in (given | parts).items()})
+
+
+def message(folder: Path, **options: object) -> str:
+    with pytest.raises(InputError) as caught:
+        load_dataset(str(folder), options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_features_and_labels_arrive_as_they_were_given(folder: Path):
+    dataset = load_dataset(str(folder))
+    assert dataset.name == "mine"
+    assert dataset.classes == ("0", "1", "2")
+    assert dataset.spec.dims == {"image": 4, "text": 3}
+    assert dataset.scaling == {"image": "standardise", "text": "standardise"}
+    image, text = (np.load(folder / "features" / f"{m}.npy") for m in ("image", "text"))
+    for part, index in ((dataset.train, range(6)), (dataset.validation, range(6, 9)), (dataset.test, range(9, 12))):
+        assert torch.equal(part.features["image"], torch.tensor(image[list(index)], dtype=torch.float32))
+        assert torch.equal(part.features["text"], torch.tensor(text[list(index)], dtype=torch.float32))
+        assert part.labels.int().argmax(1).tolist() == [i % 3 for i in index]
+    assert dataset.all_test is dataset.test
+    assert not dataset.all_test_overlaps
+
+
+def test_an_item_may_lack_a_modality(folder: Path):
+    lacking = [1, 7, 10]
+    rows = np.array([i for i in range(N) if i not in lacking], dtype=np.uint16)
+    np.save(folder / "features" / "text.npy", rows[:, None] * np.ones((1, 3), dtype=np.float16))
+    np.save(folder / "rows" / "text.npy", rows)
+    dataset = load_dataset(str(folder))
+    assert dataset.train.rows["text"].tolist() == [0, 2, 3, 4, 5]
+    assert dataset.train.features["text"][:, 0].tolist() == [0, 2, 3, 4, 5]
+    assert dataset.test.rows["text"].tolist() == [0, 2]
+    assert dataset.test.features["text"][:, 0].tolist() == [9, 11]
+    assert dataset.test.rows["image"].tolist() == [0, 1, 2]
+
+
+def test_labels_may_be_multi_hot(folder: Path):
+    labels = np.random.default_rng(1).random((N, 5)) < 0.4
+    for stored in (labels, labels.astype(np.int8), labels.astype(np.float64)):
+        np.save(folder / "labels.npy", stored)
+        assert torch.equal(load_dataset(str(folder)).train.labels, torch.tensor(labels[:6]))
+
+
+def test_class_names_may_name_classes_no_item_has(folder: Path):
+    (folder / "classes.txt").write_text("cat\nguinea pig\nox\nunseen\n")
+    dataset = load_dataset(str(folder))
+    assert dataset.classes == ("cat", "guinea pig", "ox", "unseen")
+    assert dataset.train.labels.shape == (6, 4)
+
+
+def test_class_vectors_and_scaling_are_handed_on(folder: Path):
+    np.save(folder / "class_vectors.npy", np.eye(3))
+    dataset = load_dataset(str(folder), {"scaling": {"text": "norm"}})
+    assert torch.equal(dataset.spec.class_vectors, torch.eye(3))
+    assert dataset.scaling == {"image": "standardise", "text": "norm"}
+
+
+def test_hidden_files_are_passed_over(folder: Path):
+    (folder / "features" / ".DS_Store").write_bytes(b"x")
+    assert load_dataset(str(folder)).spec.dims == {"image": 4, "text": 3}
+
+
+def test_the_example_in_the_documentation_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    example = folder_module.__doc__.split("`--dataset my-data/`:\n")[1].split("Features are given raw")[0]
+    exec(textwrap.dedent(example), {})
+    dataset = load_dataset("my-data/")
+    assert [len(part) for part in (dataset.train, dataset.validation, dataset.test)] == [200, 40, 60]
+    assert dataset.name == "my-data"
+
+
+def save(name: str, array: object) -> Callable[[Path], None]:
+    return lambda folder: np.save(folder / name, np.asarray(array))
+
+
+def split(**parts: object) -> Callable[[Path], None]:
+    return lambda folder: save_split(folder, **parts)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes(content) and None
+
+
+def cut(name: str, size: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).write_bytes((folder / name).read_bytes()[:size]) and None
+
+
+def with_value(value: float, dtype: type = np.float64) -> np.ndarray:
+    features = np.ones((N, 4), dtype=dtype)
+    features[5, 2] = features[7, 0] = value
+    return features
+
+
+def rows_of_nine(rows: object) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        np.save(folder / "features" / "text.npy", np.ones((9, 3)))
+        np.save(folder / "rows" / "text.npy", np.asarray(rows))
+
+    return damage
+
+
+MISTAKES = [
+    (remove("labels.npy"), "labels.npy: expected a .npy array, got nothing there"),
+    (remove("split.npz"), "split.npz: expected an archive of train, validation, test, got nothing there"),
+    (remove("features/text.npy"), "features: expected two modalities or more, got ['image']"),
+    (write("features/notes.csv", b"1,2"), "features/notes.csv: expected <modality>.npy"),
+    (save("features/a.b.npy", np.ones((N, 2))), "features/a.b.npy: expected <modality>.npy, the modality in letters"),
+    (save("features/text.npy", [None] * N), "features/text.npy: expected a .npy array without Python objects, got "),
+    (write("features/text.npy", b""), "features/text.npy: expected a .npy array without Python objects, got "),
+    (write("features/text.npy", b"1 2 3\n" * 50), "features/text.npy: expected a .npy array without Python objects"),
+    (cut("features/text.npy", 60), "features/text.npy: expected a .npy array without Python objects, got "),
+    (cut("features/text.npy", 200), "features/text.npy: expected a .npy array without Python objects, got "),
+    (save("features/text.npy", np.ones(N)), "features/text.npy: expected [n, d] numbers, got [12] float64"),
+    (save("features/text.npy", np.ones((N, 2, 2))), "expected [n, d] numbers, got [12, 2, 2] float64"),
+    (save("features/text.npy", np.ones((N, 0))), "expected [n, d] numbers, got [12, 0] float64"),
+    (save("features/text.npy", np.ones((0, 3))), "expected [n, d] numbers, got [0, 3] float64"),
+    (save("features/text.npy", [["a", "b"]] * N), "expected [n, d] numbers, got [12, 2] <U1"),
+    (save("features/text.npy", np.ones((N, 3), dtype=complex)), "expected [n, d] numbers, got [12, 3] complex128"),
+    (save("features/image.npy", with_value(np.nan)), "features/image.npy: expected finite float32 numbers, got NaN or "
+     "infinite ones, first in row 5"),
+    (save("features/image.npy", with_value(-np.inf, np.float32)), "features/image.npy: expected finite float32 numbers"),
+    (save("features/image.npy", with_value(1e300)), "features/image.npy: expected finite float32 numbers"),
+    (save("features/text.npy", np.ones((11, 3))), "features/text.npy: expected 12 rows, one per label, got 11; "
+     "a modality that some items lack needs rows/text.npy"),
+    (save("labels.npy", CLASSES[:11]), "features/image.npy: expected 11 rows, one per label, got 12"),
+    (save("labels.npy", CLASSES - 1), "labels.npy: expected classes from 0, got -1 for item 0"),
+    (save("labels.npy", CLASSES * 1000), "labels.npy: expected classes numbered from 0 without gaps, got 2000"),
+    (save("labels.npy", CLASSES / 2), "labels.npy: expected [n] integer classes or [n, C] of 0 and 1, got [12] float64"),
+    (save("labels.npy", CLASSES > 0), "labels.npy: expected [n] integer classes or [n, C] of 0 and 1, got [12] bool"),
+    (save("labels.npy", CLASSES[:, None]), "labels.npy: expected 0 and 1 only, got 2 for item 2"),
+    (save("labels.npy", np.full((N, 2), np.nan)), "labels.npy: expected 0 and 1 only, got nan for item 0"),
+    (save("labels.npy", np.zeros(0, dtype=int)), "labels.npy: expected [n] integer classes or [n, C]"),
+    (write("classes.txt", b"cat\ndog\n"), "classes.txt: expected 3 names or more, got 2"),
+    (write("classes.txt", b"cat\n\ndog\n"), "classes.txt: expected one name per line, all different, got ''"),
+    (write("classes.txt", b"cat\ndog\ncat\n"), "classes.txt: expected one name per line, all different, got 'cat'"),
+    (write("classes.txt", b"\n"), "classes.txt: expected one name per line, got an empty file"),
+    (write("classes.txt", b"\xff\xfe"), "classes.txt: expected UTF-8 text, got "),
+    (save("class_vectors.npy", np.ones((4, 2))), "class_vectors.npy: expected [3, k], one row per class, got [4, 2]"),
+    (save("class_vectors.npy", np.full((3, 2), np.nan)), "class_vectors.npy: expected finite float32 numbers"),
+    (save("rows/audio.npy", [0]), "unknown modality in rows/ 'audio' (known: image, text)"),
+    (save("rows/text.npy", np.arange(5)), "rows/text.npy: expected [12] integers, one per feature row, got [5] int64"),
+    (rows_of_nine(np.arange(9) / 1), "rows/text.npy: expected [9] integers, one per feature row, got [9] float64"),
+    (rows_of_nine([0, 1, 2, 4, 3, 5, 6, 7, 9]), "rows/text.npy: expected strictly increasing items, got 4 then 3 at "
+     "row 4"),
+    (rows_of_nine([0, 1, 2, 2, 3, 5, 6, 7, 9]), "rows/text.npy: expected strictly increasing items, got 2 then 2"),
+    (rows_of_nine([0, 1, 2, 3, 4, 5, 6, 7, 12]), "rows/text.npy: expected items from 0 to 11, got 12"),
+    (rows_of_nine([-1, 1, 2, 3, 4, 5, 6, 7, 9]), "rows/text.npy: expected items from 0 to 11, got -1"),
+    (rows_of_nine(np.arange(9)), "split.npz: expected test items that have text, got none"),
+    (split(test=[]), "split.npz: expected test to be item numbers [n], got [0] float64"),
+    (split(train=np.zeros(0, dtype=int)), "split.npz: expected train to be item numbers [n], got [0] int64"),
+    (split(train=[[1, 2]]), "split.npz: expected train to be item numbers [n], got [1, 2] int64"),
+    (split(train=np.ones(N, dtype=bool)), "split.npz: expected train to be item numbers [n], got [12] bool"),
+    (split(test=[9, 12]), "split.npz: expected items from 0 to 11, got 12"),
+    (split(test=[9, -1]), "split.npz: expected items from 0 to 11, got -1"),
+    (split(test=[9, 10, 9]), "split.npz: expected no item twice in test, got item 9 again"),
+    (split(test=[9, 5, 4]), "split.npz: expected disjoint parts, got 2 items in both train and test, such as item 4"),
+    (split(extra=[1]), "split.npz: expected the arrays train, validation, test, got extra, test, train, validation"),
+    (split(train=[None, 1]), "split.npz: expected an .npz archive without Python objects, got "),
+    (cut("split.npz", 300), "split.npz: expected an .npz archive without Python objects, got "),
+    (write("split.npz", b"no archive"), "split.npz: expected an .npz archive without Python objects, got "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("damage", "expected"), MISTAKES, ids=[expected[:60] for _, expected in MISTAKES])
+def test_a_mistake_gets_one_line(damage: Callable[[Path], None], expected: str, folder: Path):
+    damage(folder)
+    said = message(folder)
+    assert said.removeprefix(f"{folder}/").startswith(expected) or expected in said
+    assert str(folder) in said or said.startswith("unknown modality")
+
+
+def test_a_split_without_validation_is_an_error(folder: Path):
+    np.savez(folder / "split.npz", train=np.arange(6), test=np.arange(9, 12))
+    assert message(folder).endswith("expected the arrays train, validation, test, got test, train")
+
+
+def test_multi_hot_labels_need_as_many_names_as_columns(folder: Path):
+    np.save(folder / "labels.npy", np.ones((N, 4), dtype=bool))
+    (folder / "classes.txt").write_text("a\nb\nc\n")
+    assert message(folder).endswith("classes.txt: expected 4 names, got 3")
+
+
+def test_no_folder_of_features_is_an_error(folder: Path):
+    for path in (folder / "features").iterdir():
+        path.unlink()
+    (folder / "features").rmdir()
+    assert message(folder).endswith("features: expected a folder of <modality>.npy files, got nothing there")
+
+
+def test_scaling_of_an_unknown_modality_is_an_error(folder: Path):
+    assert message(folder, scaling={"txt": "norm"}) == (
+        "unknown modality in scaling 'txt'; did you mean 'text'? (known: image, text)"
+    )
+
+
+def test_a_file_where_a_folder_is_expected_is_an_error(folder: Path):
+    assert re.search("expected a folder, got a file$", message(folder / "labels.npy"))
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 127), value=st.integers(0, 255), name=st.sampled_from(["features/text.npy", "split.npz"]))
+def test_no_damaged_byte_raises_anything_but_an_input_error(folder: Path, at: int, value: int, name: str):
+    content = bytearray((folder / name).read_bytes())
+    sound = bytes(content)
+    content[at] = value
+    (folder / name).write_bytes(content)
+    try:
+        load_dataset(str(folder))
+    except InputError as error:
+        assert "\n" not in str(error)
+    finally:
+        (folder / name).write_bytes(sound)
