@@ -79,6 +79,7 @@ def configure(file: Path | None, options: Mapping[str, Any], assignments: list[s
     from fedxmr.config import merged, nested, override, read_yaml, resolve
 
     tree = read_yaml(file) if file else {}
+    tree.pop("experiment", None)  # that section is for fedxmr.reproduce
     for key, value in options.items():
         if value is not None:
             tree = merged(tree, nested(key, str(value) if isinstance(value, Path | StrEnum) else value))

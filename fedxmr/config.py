@@ -65,7 +65,7 @@ class _Named(_Section):
             return {**own, "options": model.model_validate({**rest, **cls._given(str(name))})}
         except ValidationError as error:
             beside = set(cls.model_fields) - {"options"}
-            raise InputError(_one_line(error, model, section=[cls.section], beside=beside)) from error
+            raise InputError(one_line(error, model, section=[cls.section], beside=beside)) from error
 
     @model_serializer(mode="wrap")
     def _flatten(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -122,7 +122,6 @@ class FederationConfig(_Section):
     tolerate_failures: bool = Field(False, description="go on without a client that fails or is rejected")
     deadline: PositiveFloat = Field(600.0, description="seconds a client has to answer a message")
     start_deadline: PositiveFloat = Field(60.0, description="seconds the clients have to answer the start query")
-    checkpoint_every: int = Field(5, ge=0, description="rounds between checkpoints; 0: none")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -201,7 +200,7 @@ def resolve(tree: Mapping[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise InputError(_one_line(error, Config)) from error
+        raise InputError(one_line(error, Config)) from error
 
 
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
@@ -262,7 +261,7 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _one_line(
+def one_line(
     error: ValidationError, model: type[BaseModel], section: Sequence[str] = (), beside: Iterable[str] = ()
 ) -> str:
     """The first of pydantic's complaints in one line. `beside`: further keys known next to the model's own."""

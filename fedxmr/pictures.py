@@ -77,7 +77,9 @@ def common_subspace_figure(learner: Learner, items: Items, classes: Sequence[str
     for m, name in enumerate(some.modalities):
         here = modality == m
         colour = colours(first_class[here] % colours.N)
-        axes.scatter(place[here, 0], place[here, 1], s=12, c=colour, marker=MARKERS[m % len(MARKERS)], label=name, alpha=0.7)
+        axes.scatter(
+            place[here, 0], place[here, 1], s=12, c=colour, marker=MARKERS[m % len(MARKERS)], label=name, alpha=0.7
+        )
     present = np.unique(first_class)[:20]
     handles = [axes.scatter([], [], s=12, color=colours(c % colours.N), label=classes[c]) for c in present]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean
@@ -15,7 +16,7 @@ from fedxmr.evaluation import evaluate_across, evaluate_in_full
 from fedxmr.metrics import Retrieval
 from fedxmr.models import load
 from fedxmr.participation import panel
-from fedxmr.recording import write_json
+from fedxmr.recording import read_lines, write_json
 from fedxmr.summary import table
 
 AT = (1, 5, 10, 50, 100)
@@ -50,7 +51,7 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
 
         first = chosen[0]
         draw(out, found, models[first].learner, scaled[first], data.classes, config.seed)
-    _print(config, data, summary, across, found)
+    _print(config, data, out, summary, across, found)
     return summary
 
 
@@ -74,15 +75,16 @@ def _plain(retrieval: Retrieval) -> dict[str, Any]:
 def _print(
     config: Config,
     data: Dataset,
+    out: Path,
     summary: Mapping[str, Any],
     across: Mapping[str, float] | None,
     found: Mapping[int, Mapping[str, Retrieval]],
 ) -> None:
-    say(table(summary))
+    say(table(summary, _costs_by_client(out)))
     if across:
         say("cross-client mAP (query by one client, gallery by another), selected round: " + _scores(across))
-    if best := summary["test"].get("best_on_test"):
-        say(f"best on test, a leak: round {best['round']}: " + _scores(best["mean"]))
+    if "best_on_test" in summary["test"]:
+        say("note: best on test is a leak: its round was chosen on the test items")
     tied = fmean(r.tied for directions in found.values() for r in directions.values())
     if tied > TIES_WORTH_A_WARNING:
         say(f"warning: {tied:.1%} of the scores are tied; a collapsed model ranks by chance")
@@ -91,6 +93,18 @@ def _print(
     for note in data.notes:
         say(f"note: {note}")
     say(_costs(summary))
+
+
+def _costs_by_client(out: Path) -> dict[int, tuple[float, float]]:
+    """Client -> megabytes moved and seconds of work by its own clock, over the run."""
+    moved: Counter[int] = Counter()
+    spent: defaultdict[int, float] = defaultdict(float)
+    for line in read_lines(out / "metrics.jsonl"):
+        moved[line["client"]] += line.get("bytes_up", 0) + line.get("bytes_down", 0)
+    for line in read_lines(out / "timings.jsonl"):
+        if "client" in line:
+            spent[line["client"]] += sum(line["seconds"].values())
+    return {client: (size / 1e6, spent[client]) for client, size in moved.items()}
 
 
 def _scores(scores: Mapping[str, float]) -> str:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedxmr.config import Config
@@ -64,21 +65,28 @@ def seconds() -> dict[str, float]:
     return {"total": round(sum(parts.values()), 4), **parts}
 
 
-def table(summary: Mapping[str, Any]) -> Table:
-    """The table a run ends with: per client and mean, test mAP at the selected and the last round."""
-    chosen, last = summary["test"]["selected"], summary["test"]["last"]
-    shown = Table(title="test mAP", title_justify="left")
-    shown.add_column("client")
-    for scored, name in ((chosen, "selected"), (last, "last")):
-        for direction in scored["mean"]:
-            shown.add_column(f"{direction}\n{name} (round {scored['round']})", justify="right")
-    rows = [
-        (str(own["client"]), own, own_last) for own, own_last in zip(chosen["clients"], last["clients"], strict=True)
-    ]
-    for name, own, own_last in [*rows, ("mean", chosen["mean"], last["mean"])]:
-        values = [own[d] for d in chosen["mean"]] + [own_last[d] for d in last["mean"]]
-        shown.add_row(name, *(f"{value:.3f}" for value in values), end_section=name == rows[-1][0])
-    return shown
+MAX_DIRECTIONS = 6
+"""With more than three modalities the table shows the average alone; summary.json has every direction."""
+
+
+def table(summary: Mapping[str, Any], costs: Mapping[int, tuple[float, float]]) -> Table:
+    """The table a run ends with: test mAP of every client and their mean, at the selected and at the last round.
+
+    costs: client -> megabytes moved, both ways, and seconds of work, over the whole run.
+    """
+    directions = [d for d in summary["test"]["last"]["mean"] if d != "average"]
+    shown = [*(directions if len(directions) <= MAX_DIRECTIONS else []), "average"]
+    found = Table("test mAP@all", box=SIMPLE_HEAD, pad_edge=False)
+    for column in (*shown, "MB moved", "seconds"):
+        found.add_column(column, justify="right")
+    for which, scored in summary["test"].items():
+        found.add_row(f"{which.replace('_', ' ')}, round {scored['round']}", style="bold")
+        for own in scored["clients"]:
+            megabytes, seconds = costs.get(own["client"], (0.0, 0.0))
+            values = [f"{own[d]:.3f}" for d in shown]
+            found.add_row(f"  client {own['client']}", *values, f"{megabytes:.1f}", f"{seconds:.1f}")
+        found.add_row("  mean", *(f"{scored['mean'][d]:.3f}" for d in shown), end_section=True)
+    return found
 
 
 def _scored(round: int, scores: Mapping[int, Scores]) -> dict[str, Any] | None:

@@ -50,7 +50,7 @@ def empty(tmp_path, monkeypatch):
         (["--clients", "3", "--sample", "4"], "federation: sample: expected at most the 3 clients, got 4"),
         (["--clients", "5000"], "5000"),
         (["--partition", "shard"], "partition.scheme: input should be"),
-        (["--partition", "dirichlet", "partition.alpha=0.001", "partition.min_items=360"], "partition dirichlet"),
+        (["--partition", "dirichlet", "partition.alpha=0.001", "partition.min_items=359"], "partition dirichlet"),
         (["gamma"], "'gamma': expected key=value"),
         (["strategy.gamma=[1"], "strategy.gamma: expected a YAML value"),
         (["strategy.share=[nothing.*]"], "unknown parameter in strategy.share 'nothing.*'"),
