@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import click
 import typer
 
-from fedxmr.errors import FederationError, InputError
+from fedxmr.errors import FederationError, InputError, unknown
 
 if TYPE_CHECKING:
     from fedxmr.config import Config
@@ -54,6 +54,7 @@ Assignments = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="any configuration key, such as strategy.gamma=1.0")
 ]
 ConfigFile = Annotated[Path | None, option("a YAML file, such as experiments/default.yaml")]
+MethodName = Annotated[str | None, option("a method of the file's experiment, such as fedavg with its own optimiser")]
 DatasetName = Annotated[str | None, option("digits (default), wikipedia, synthetic, or the path of a folder")]
 Features = Annotated[str | None, option("which features of the data set, such as sift-lda")]
 DataDir = Annotated[Path | None, option("where to look for data files first")]
@@ -71,15 +72,23 @@ Overwrite = Annotated[bool, option("replace a run folder that exists", "--overwr
 Pictures = Annotated[bool, typer.Option("--pictures/--no-pictures", help="draw t-SNE and precision-recall pictures")]
 
 
-def configure(file: Path | None, options: Mapping[str, Any], assignments: list[str] | None) -> Config:
+def configure(
+    file: Path | None, options: Mapping[str, Any], assignments: list[str] | None, method: str | None = None
+) -> Config:
     """The configuration of a command line: defaults, the strategy's preset, the file, options, assignments.
 
-    options: dotted key -> value, None where it was not given. Raises InputError.
+    options: dotted key -> value, None where it was not given. method: one of the file's experiment, laid over the file.
+    Raises InputError.
     """
     from fedxmr.config import merged, nested, override, read_yaml, resolve
 
     tree = read_yaml(file) if file else {}
-    tree.pop("experiment", None)  # that section is for fedxmr.reproduce
+    experiment = tree.pop("experiment", None)  # that section is for fedxmr.reproduce
+    if method is not None:
+        methods = (experiment or {}).get("methods", {})
+        if method not in methods:
+            raise unknown(f"method of {file or 'no --config file'}", method, methods)
+        tree = merged(tree, methods[method].get("set", {}))
     for key, value in options.items():
         if value is not None:
             tree = merged(tree, nested(key, str(value) if isinstance(value, Path | StrEnum) else value))

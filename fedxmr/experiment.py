@@ -192,7 +192,7 @@ def _run_one(folder: Path, config: Config) -> None:
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **QUIET})
     if ended.returncode:
         last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-        raise FederationError(f"{folder}: {last}")
+        raise FederationError(f"{folder}: {last.removeprefix('error: ')}")
 
 
 def _ended(folder: Path, config: Config) -> bool:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 def simulate(
     assignments: commands.Assignments = None,
     config: commands.ConfigFile = None,
+    method: commands.MethodName = None,
     dataset: commands.DatasetName = None,
     features: commands.Features = None,
     data_dir: commands.DataDir = None,
@@ -64,7 +65,7 @@ def simulate(
         "runtime.threads": threads,
         "runtime.device": device,
     }
-    run(configure(config, options, assignments), out, overwrite=overwrite, pictures=pictures)
+    run(configure(config, options, assignments, method), out, overwrite=overwrite, pictures=pictures)
 
 
 def run(config: Config, out: Path | None, *, overwrite: bool = False, pictures: bool = True) -> dict[str, Any]:

@@ -350,8 +350,9 @@ def test_cross_client_retrieval_is_the_mean_over_ordered_pairs_of_clients(tmp_pa
         for b in range(3):
             if a == b:
                 continue
-            query, gallery = models[a].encode("image", test.features["image"]), models[b].encode(
-                "text", test.features["text"]
+            query, gallery = (
+                models[a].encode("image", test.features["image"]),
+                models[b].encode("text", test.features["text"]),
             )
             for q in range(len(test)):
                 cosines = torch.nn.functional.cosine_similarity(query[q][None], gallery)

@@ -58,9 +58,7 @@ def gompertz_by_hand(items: list[Items], losses: list[float], alpha: float) -> l
 
 
 def weighted(states: list[State], weights: list[float]) -> State:
-    return {
-        name: sum(w * s[name].double() for w, s in zip(weights, states, strict=True)).float() for name in states[0]
-    }
+    return {name: sum(w * s[name].double() for w, s in zip(weights, states, strict=True)).float() for name in states[0]}
 
 
 def algorithm_1(config: Config) -> tuple[list[Learner], State]:

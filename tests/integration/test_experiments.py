@@ -1,0 +1,140 @@
+"""Experiments: every YAML in the repository, tuning with equal effort, and picking up where a run was left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedxmr import commands
+from fedxmr.config import read_yaml, resolve
+from fedxmr.errors import InputError
+from fedxmr.experiment import configured, read_experiment
+from fedxmr.reproduce import reproduce
+from fedxmr.simulate import simulate
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "experiments"
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_in_the_repository_builds(path):
+    plan, base = read_experiment(path)
+    for method in plan.methods.values():
+        for trial in method.trials():
+            configured(base, method, trial, 0)
+
+
+def test_the_default_preset_says_what_the_code_does():
+    tree = read_yaml(EXPERIMENTS / "default.yaml")
+    tree.pop("experiment")
+    assert resolve(tree) == resolve({})
+    written = {(section, key) for section in ("strategy", "learner") for key in tree[section]}
+    code = resolve({}).model_dump(mode="json", by_alias=True)
+    left_out = {("strategy", "mu"), ("strategy", "server_step")}
+    assert written | left_out == {(section, key) for section in ("strategy", "learner") for key in code[section]}
+
+
+def test_the_official_preset_trains_fedavg_by_sgd():
+    plan, base = read_experiment(EXPERIMENTS / "official.yaml")
+    options = configured(base, plan.methods["fedavg"], {}, 0).learner.options.model_dump()
+    assert options["optimizer"]["name"] == "sgd"
+    fedcmr = configured(base, plan.methods["fedcmr"], {}, 0)
+    assert (fedcmr.strategy.gamma, fedcmr.strategy.alpha, fedcmr.strategy.loss) == (-0.5, 100.0, "sum")
+
+
+SMALL = {
+    "dataset": {"name": "synthetic", "items": 60, "validation_items": 20, "test_items": 30, "classes": 3},
+    "learner": {"name": "dscmr", "hidden": 8, "width": 4},
+    "federation": {"rounds": 2},
+    "experiment": {
+        "seeds": 2,
+        "reference": "local",
+        "methods": {
+            "local": {"set": {"strategy": "local"}, "grid": {"federation.epochs": [1, 2]}},
+            "fedcmr": {"set": {"strategy": "fedcmr"}, "grid": {"strategy.gamma": [-0.5, 0.5]}},
+        },
+    },
+}
+
+
+@pytest.fixture
+def experiment(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+def test_an_experiment_tunes_on_validation_runs_every_seed_and_goes_on_where_it_was(experiment, capsys):
+    arguments = [str(experiment), "--out", "out", "--figures", "figures", "--workers", "2"]
+    assert commands.run(reproduce, arguments) == commands.OK
+    out = experiment.parent / "out"
+    results = json.loads((out / "results.json").read_text())
+    for name, key in (("local", "federation.epochs"), ("fedcmr", "strategy.gamma")):
+        trials = {t["trial"][key]: t["validation"] for t in results["tried"][name]}
+        assert results["chosen"][name] == {key: max(trials, key=trials.__getitem__)}
+        for seed in (0, 1):
+            config = resolve(read_yaml(out / name / f"seed{seed}" / "config.yaml")).model_dump()
+            section, _, last = key.partition(".")
+            assert config[section][last] == results["chosen"][name][key]
+            assert config["seed"] == seed
+    text = (out / "results.md").read_text()
+    assert "| local |" in text
+    assert "average - local" in text
+    assert "tuned with 2 trials" in text
+    assert (experiment.parent / "figures" / "map-against-bytes.png").is_file()
+
+    stamps = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+    assert len(stamps) == 8
+    interrupted = out / "fedcmr" / "seed1" / "summary.json"
+    interrupted.unlink()
+    assert commands.run(reproduce, arguments) == commands.OK
+    again = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
+    assert {path for path in again if again[path] != stamps[path]} == {interrupted}
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            lambda e: e["methods"]["local"]["grid"].update({"federation.epochs": [1]}),
+            "same number of validation trials",
+        ),
+        (lambda e: e.update(reference="fedavg"), "reference: expected one of"),
+        (lambda e: e.update(tuning_seeds=[1]), "among the reported seeds"),
+        (lambda e: e.update(methds={}), "unknown configuration key 'experiment.methds'; did you mean"),
+        (lambda e: e["methods"]["local"]["set"].update(strategy="lcal"), "method local: unknown strategy 'lcal'"),
+    ],
+)
+def test_a_bad_experiment_gets_one_line(experiment, capsys, change, says):
+    tree = yaml.safe_load(experiment.read_text())
+    change(tree["experiment"])
+    experiment.write_text(yaml.safe_dump(tree))
+    assert commands.run(reproduce, [str(experiment)]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (experiment.parent / "runs").exists()
+
+
+def test_a_plain_configuration_is_no_experiment(tmp_path):
+    (tmp_path / "plain.yaml").write_text("seed: 1")
+    with pytest.raises(InputError, match="has no section 'experiment'"):
+        read_experiment(tmp_path / "plain.yaml")
+
+
+def test_a_failing_run_ends_the_experiment_naming_it(experiment, capsys):
+    tree = yaml.safe_load(experiment.read_text())
+    tree["federation"]["clients"] = 61
+    experiment.write_text(yaml.safe_dump(tree))
+    assert commands.run(reproduce, [str(experiment), "--workers", "1"]) == commands.FAILED
+    assert "clients: expected 1 to 60" in capsys.readouterr().err
+
+
+def test_simulate_runs_one_method_of_an_experiment(experiment):
+    arguments = ["--config", str(experiment), "--method", "local", "--out", "run", "--no-pictures"]
+    assert commands.run(simulate, arguments) == commands.OK
+    assert json.loads((experiment.parent / "run" / "summary.json").read_text())["strategy"] == "local"
+    assert commands.run(simulate, [*arguments[:3], "lcal"]) == commands.BAD_INPUT
