@@ -6,7 +6,6 @@ process from message to message.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -15,6 +14,7 @@ from flwr.clientapp import ClientApp
 
 from fedxmr import sources, wire
 from fedxmr.config import Config
+from fedxmr.machine import cores
 from fedxmr.models import save_models
 from fedxmr.rounds import Client, Setting
 from fedxmr.timing import clock
@@ -35,7 +35,7 @@ class Residents:
         run = (str(context.run_config["config"]), str(context.run_config["out"]))
         if self._setting is None or self._run != run:
             config = Config.from_yaml(run[0])
-            torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+            torch.set_num_threads(config.runtime.threads or cores())
             self._run, self._setting = run, Setting(config, sources.dataset(config))
             self._clients.clear()
         client = int(context.node_config["partition-id"])

@@ -13,7 +13,8 @@ from torch import Tensor
 from fedxmr import state
 from fedxmr.config import Config, read_yaml, resolve
 from fedxmr.errors import InputError
-from fedxmr.rounds import Model, build_learner, choose_device
+from fedxmr.machine import choose_device
+from fedxmr.rounds import Model, build_learner
 from fedxmr.scaling import Scaler, scale
 from fedxmr.types import DataSpec, Items, Learner, State
 

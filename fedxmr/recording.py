@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 from fedxmr import __version__
 from fedxmr.config import Config
 from fedxmr.errors import InputError
+from fedxmr.machine import choose_device, cores
 from fedxmr.partition import Part, save_partition
 
 if TYPE_CHECKING:
@@ -58,9 +59,9 @@ def environment(config: Config) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: _version(name) for name in packages},
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads": config.runtime.threads or "all",
-        "device": config.runtime.device,
+        "cores": cores(),
+        "threads": config.runtime.threads or cores(),
+        "device": str(choose_device(config.runtime.device)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }

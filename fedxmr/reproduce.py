@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -29,6 +28,7 @@ def reproduce(
     """
     from fedxmr.errors import InputError
     from fedxmr.experiment import conduct, read_experiment
+    from fedxmr.machine import cores
     from fedxmr.recording import write_json
 
     plan, base = read_experiment(file)
@@ -37,8 +37,7 @@ def reproduce(
             raise InputError(f"--seeds: expected 1 to {min(plan.tuning_seeds)}, got {seeds}")
         plan = plan.model_copy(update={"seeds": seeds})
     out = out or Path("runs") / file.stem
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    results = conduct(plan, base, out, workers or cores or 1)
+    results = conduct(plan, base, out, workers or cores())
     text = render(file, plan, results)
     (out / "results.md").write_text(text, encoding="utf-8")
     write_json(out / "results.json", as_json(plan, results))

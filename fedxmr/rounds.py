@@ -21,9 +21,9 @@ from torch import Tensor
 from fedxmr import __version__
 from fedxmr.config import Config
 from fedxmr.data import Dataset
-from fedxmr.errors import InputError
 from fedxmr.evaluation import evaluate
 from fedxmr.learners import learner_class
+from fedxmr.machine import choose_device
 from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
 from fedxmr.scaling import Moments, Scaler, scale
 from fedxmr.seeding import generator
@@ -315,18 +315,6 @@ def divide(n: int, fraction: float, rng: torch.Generator) -> tuple[Tensor, Tenso
 def class_counts(items: Items) -> Tensor:
     """[C] int64: the items of each class."""
     return items.labels.sum(0)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of `runtime.device`. Raises InputError for one that is not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"runtime.device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    return device
 
 
 def build_learner(config: Config, spec: DataSpec, device: torch.device, rng: torch.Generator | None) -> Learner:
