@@ -16,7 +16,7 @@ from fedxmr import sources, wire
 from fedxmr.config import Config
 from fedxmr.machine import cores
 from fedxmr.models import save_models
-from fedxmr.rounds import Client, Setting
+from fedxmr.rounds import Client, Setting, Snapshot
 from fedxmr.timing import clock
 
 app = ClientApp()
@@ -64,6 +64,25 @@ def train(message: Message, context: Context) -> Message:
     """Do one task of a round."""
     update = residents.get(context).take_part(wire.unpack_task(message.content))
     return Message(wire.pack_update(update), reply_to=message)
+
+
+@app.query("checkpoint")
+def checkpoint(message: Message, context: Context) -> Message:
+    """In a simulation: write this client's state into the run folder."""
+    asked = wire.unpack_checkpoint(message.content)
+    with clock.part("state"):
+        residents.get(context).snapshot().save(Path(str(context.run_config["out"])) / asked.file, asked.client)
+    return Message(wire.pack_checkpoint(asked), reply_to=message)
+
+
+@app.query("restore")
+def restore(message: Message, context: Context) -> Message:
+    """In a simulation: go back to a state in the run folder."""
+    asked = wire.unpack_checkpoint(message.content)
+    with clock.part("state"):
+        path = Path(str(context.run_config["out"])) / asked.file
+        residents.get(context).roll_back(Snapshot.load(path, asked.client))
+    return Message(wire.pack_checkpoint(asked), reply_to=message)
 
 
 @app.query("finish")

@@ -27,10 +27,11 @@ def centralized(
     pictures: commands.Pictures = True,
     out: commands.Out = None,
     overwrite: commands.Overwrite = False,
+    resume: commands.Resume = None,
 ) -> None:
     """Train one model on all the data: a federation of a single client that shares nothing.
 
-    A round is federation.epochs epochs. Later settings win: defaults, --config, options, KEY=VALUE.
+    A round is federation.epochs epochs. Later settings win: defaults, --config, options, KEY=VALUE. With --resume only federation.rounds may change.
     """
     options = {
         "dataset.name": dataset,
@@ -50,7 +51,7 @@ def centralized(
         "runtime.threads": threads,
         "runtime.device": device,
     }
-    run(configure(config, options, assignments), out, overwrite=overwrite, pictures=pictures)
+    run(configure(config, options, assignments, resume=resume), out, overwrite, resume, pictures=pictures)
 
 
 if __name__ == "__main__":

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
 from fedxmr.errors import FederationError
 from fedxmr.messages import Registration, Update
-from fedxmr.state import sha256
 from fedxmr.types import State
 
 
@@ -44,41 +43,41 @@ def find_fault(update: Update, asked_round: int, registration: Registration, exp
 
     expected: the names this client owns, with the shapes and types they have. fit: whether it was asked to train.
     """
+    return next(_faults(update, asked_round, registration, expected, fit), None)
+
+
+def _faults(update: Update, asked_round: int, registration: Registration, expected: State, fit: bool) -> Iterator[str]:
     if update.client != registration.client:
-        return f"answers as client {update.client}"
+        yield f"answers as client {update.client}"
     if update.round != asked_round:
-        return f"answers for round {update.round}, asked was round {asked_round}"
+        yield f"answers for round {update.round}, asked was round {asked_round}"
     if update.n != registration.n:
-        return f"says {update.n} training items, registered were {registration.n}"
+        yield f"says {update.n} training items, registered were {registration.n}"
     if not torch.equal(update.class_counts, registration.class_counts):
-        return "says other class counts than it registered"
+        yield "says other class counts than it registered"
     for scores in (update.validation, update.test):
         for direction, score in (scores or {}).items():
             if not 0 <= score <= 1:
-                return f"mAP {direction} of {score}, expected 0 to 1"
+                yield f"mAP {direction} of {score}, expected 0 to 1"
     if update.loss is None:
-        return f"arrays {sorted(update.shared)} without a loss" if update.shared else None
+        if update.shared:
+            yield f"arrays {', '.join(sorted(update.shared))} without a loss"
+        return
     if not fit:
-        return "trained without being asked to"
+        yield "trained without being asked to"
     if not (math.isfinite(update.loss) and update.loss >= 0):
-        return f"loss {update.loss}, expected finite and >= 0"
-    return _find_array_fault(update.shared, expected)
+        yield f"loss {update.loss}, expected finite and >= 0"
+    yield from _array_faults(update.shared, expected)
 
 
-def _find_array_fault(shared: Mapping[str, torch.Tensor], expected: State) -> str | None:
+def _array_faults(shared: State, expected: State) -> Iterator[str]:
     if missing := sorted(expected.keys() - shared.keys()):
-        return f"lacks {', '.join(missing)}"
+        yield f"lacks {', '.join(missing)}"
     if extra := sorted(shared.keys() - expected.keys()):
-        return f"brings {', '.join(extra)}, which it does not share"
+        yield f"brings {', '.join(extra)}, which it does not share"
     for name, like in expected.items():
         got = shared[name]
         if got.shape != like.shape or got.dtype != like.dtype:
-            return f"{name}: expected {list(like.shape)} {like.dtype}, got {list(got.shape)} {got.dtype}"
-        if not bool(torch.isfinite(got).all()):
-            return f"{name}: not finite"
-    return None
-
-
-def initial_hash(initial: State, shared: frozenset[str]) -> str:
-    """What every client's registration must say of the seeded shared state."""
-    return sha256({name: initial[name] for name in shared})
+            yield f"{name}: expected {list(like.shape)} {like.dtype}, got {list(got.shape)} {got.dtype}"
+        elif not bool(torch.isfinite(got).all()):
+            yield f"{name}: not finite"

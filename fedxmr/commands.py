@@ -69,20 +69,28 @@ Threads = Annotated[int | None, option("torch threads; default: all cores; 1 for
 Device = Annotated[str | None, option("cpu, cuda, cuda:1, ...; default: cuda where there is one")]
 Out = Annotated[Path | None, option("the run folder; default: a new one in runs/")]
 Overwrite = Annotated[bool, option("replace a run folder that exists", "--overwrite")]
+Resume = Annotated[Path | None, option("a run folder: go on from its last checkpoint; rounds may grow")]
 Pictures = Annotated[bool, typer.Option("--pictures/--no-pictures", help="draw t-SNE and precision-recall pictures")]
 
 
 def configure(
-    file: Path | None, options: Mapping[str, Any], assignments: list[str] | None, method: str | None = None
+    file: Path | None,
+    options: Mapping[str, Any],
+    assignments: list[str] | None,
+    method: str | None = None,
+    resume: Path | None = None,
 ) -> Config:
     """The configuration of a command line: defaults, the strategy's preset, the file, options, assignments.
 
     options: dotted key -> value, None where it was not given. method: one of the file's experiment, laid over the file.
-    Raises InputError.
+    resume: a run folder whose configuration comes first of all. Raises InputError.
     """
     from fedxmr.config import merged, nested, override, read_yaml, resolve
 
-    tree = read_yaml(file) if file else {}
+    if resume is not None and file is not None:
+        raise InputError("--resume: takes its configuration from the run folder, expected no --config")
+    source = resume / "config.yaml" if resume is not None else file
+    tree = read_yaml(source) if source else {}
     experiment = tree.pop("experiment", None)  # that section is for fedxmr.reproduce
     if method is not None:
         methods = (experiment or {}).get("methods", {})

@@ -121,6 +121,7 @@ class FederationConfig(_Section):
     )
     tolerate_failures: bool = Field(False, description="go on without a client that fails or is rejected")
     deadline: PositiveFloat = Field(600.0, description="seconds a client has to answer a message")
+    checkpoint_every: int = Field(5, ge=0, description="rounds between checkpoints of a simulation; 0: none")
     start_deadline: PositiveFloat = Field(60.0, description="seconds the clients have to answer the start query")
 
     @model_validator(mode="after")

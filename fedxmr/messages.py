@@ -1,6 +1,7 @@
 """What the server and a client say to each other; wire.py puts it into Flower messages.
 
-A run is one `Registration` per client, then per round one `Task` and its `Update`, then one `Farewell` and its `Report`.
+A run is one `Registration` per client, then per round one `Task` and its `Update`, in the end a `Farewell` and its
+`Report`. In a simulation `Checkpoint`s stand between rounds.
 """
 
 from __future__ import annotations
@@ -96,3 +97,11 @@ class Report:
     selected: Scores | None
     last: Scores | None
     state_sha256: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """In a simulation: write a client's state to a file of the run folder, or go back to the one that is there."""
+
+    client: int
+    file: str

@@ -32,6 +32,10 @@ class Progress:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bar.stop()
 
+    def start_at(self, round: int) -> None:
+        """A resumed run has this round behind it."""
+        self._bar.reset(self._task, total=self._rounds, completed=round)
+
     def trained(self, round: int, loss: float | None) -> None:
         """A round's updates are in; loss: their mean."""
         self._loss = loss

@@ -11,17 +11,20 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+import torch
 
 from fedxmr import __version__
-from fedxmr.config import Config
+from fedxmr.checkpoint import newest, rounds
+from fedxmr.config import Config, read_yaml, resolve
 from fedxmr.errors import InputError
 from fedxmr.machine import choose_device, cores
-from fedxmr.partition import Part, save_partition
+from fedxmr.partition import Part, load_partition, save_partition
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,10 +51,47 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def reopen(out: Path, config: Config, parts: Sequence[Part]) -> None:
+    """See that a run folder can be resumed with this configuration, and note where `rounds` has grown.
+
+    Raises InputError naming the keys that differ, for another partition, and for a run that has nothing left to do.
+    """
+    before = resolve(read_yaml(out / "config.yaml"))
+    changed = [key for key in _differing(before.model_dump(), config.model_dump()) if key != "federation.rounds"]
+    if changed:
+        raise InputError(f"{out}: cannot be resumed with another configuration; changed: {', '.join(changed)}")
+    grown = config.federation.rounds - before.federation.rounds
+    if grown < 0:
+        raise InputError(
+            f"{out}: federation.rounds may grow, from {before.federation.rounds}, got {config.federation.rounds}"
+        )
+    if (out / "summary.json").is_file() and not grown:
+        raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
+    newest(out)
+    saved = load_partition(out / "partition.npz")
+    if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
+        raise InputError(f"{out}: its partition is not the one this configuration makes; has the data changed?")
+    (out / "summary.json").unlink(missing_ok=True)
+    (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+
+
+def resumable(out: Path) -> bool:
+    """Whether a run folder has a checkpoint."""
+    return bool(rounds(out))
+
+
+def _differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted keys at which two configurations differ."""
+    for key in sorted(one.keys() | other.keys()):
+        a, b = one.get(key), other.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _differing(a, b, f"{prefix}{key}.")
+        elif a != b:
+            yield f"{prefix}{key}"
+
+
 def environment(config: Config) -> dict[str, Any]:
     """What could explain a difference between two runs that are otherwise equal."""
-    import torch
-
     packages = ("flwr", "ray", "torch", "numpy", "scipy", "safetensors", "pydantic", "tensorboard")
     return {
         "fedxmr": __version__,
@@ -80,14 +120,28 @@ def read_lines(path: Path) -> list[Line]:
 
 
 class Recorder:
-    """An open run folder."""
+    """An open run folder. What belongs to a round waits until nothing more can come: its scores arrive a round later."""
 
-    def __init__(self, out: Path) -> None:
+    def __init__(self, out: Path, position: Mapping[str, Any] | None = None) -> None:
+        """position: what `position` gave at a checkpoint; everything recorded later is cut off."""
         self.out = out
-        self._metrics = (out / "metrics.jsonl").open("w", encoding="utf-8")
-        self._timings = (out / "timings.jsonl").open("w", encoding="utf-8")
-        self._pending: dict[tuple[int, int], Line] = {}
+        at = position or {"metrics": 0, "timings": 0, "lines": [], "scalars": [], "written": None}
+        self._metrics = _open_at(out / "metrics.jsonl", at["metrics"])
+        self._timings = _open_at(out / "timings.jsonl", at["timings"])
+        self._lines: dict[tuple[int, int], Line] = {(line["round"], line["client"]): line for line in at["lines"]}
+        self._scalars: list[tuple[int, str, float]] = [(round, tag, value) for round, tag, value in at["scalars"]]
+        self._written: int | None = at["written"]
         self._events: SummaryWriter | None = None
+
+    def position(self) -> dict[str, Any]:
+        """Where the records stand, for a checkpoint."""
+        return {
+            "metrics": self._metrics.tell(),
+            "timings": self._timings.tell(),
+            "lines": [dict(line) for line in self._lines.values()],
+            "scalars": list(self._scalars),
+            "written": self._written,
+        }
 
     def __enter__(self) -> Self:
         return self
@@ -101,15 +155,20 @@ class Recorder:
 
     def note(self, round: int, client: int, **facts: Any) -> None:
         """Add facts to the line of a round and client; numbers of bytes add up."""
-        line = self._pending.setdefault((round, client), {"round": round, "client": client})
+        line = self._lines.setdefault((round, client), {"round": round, "client": client})
         for name, value in facts.items():
             line[name] = line[name] + value if name.startswith("bytes_") and name in line else value
 
     def write_up_to(self, round: int) -> None:
-        """Write the lines of all rounds up to this one: nothing will be added to them."""
-        for key in sorted(key for key in self._pending if key[0] <= round):
-            self._metrics.write(json.dumps(self._pending.pop(key)) + "\n")
+        """Write what is known of all rounds up to this one: nothing will be added to them."""
+        for key in sorted(key for key in self._lines if key[0] <= round):
+            self._metrics.write(json.dumps(self._lines.pop(key)) + "\n")
         self._metrics.flush()
+        for at, tag, value in self._scalars:
+            if at <= round:
+                self.events.add_scalar(tag, value, at)
+                self._written = max(at, self._written or 0)
+        self._scalars = [scalar for scalar in self._scalars if scalar[0] > round]
 
     def time(self, round: int, client: int | None, seconds: Mapping[str, float]) -> None:
         """What a round took: a client's parts by its own clock, or (client None) the driver's."""
@@ -123,14 +182,23 @@ class Recorder:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._events = SummaryWriter(str(self.out))
+            # purge_step: what was written after the checkpoint that a run is resumed from is not shown
+            purge = None if self._written is None else self._written + 1
+            self._events = SummaryWriter(str(self.out), purge_step=purge)
         return self._events
 
-    def scalars(self, round: int, values: Mapping[str, float | None]) -> None:
-        """TensorBoard scalars of a round; None is left out."""
-        for tag, value in values.items():
-            if value is not None:
-                self.events.add_scalar(tag.replace("->", "_to_"), value, round)
+    def scalars(self, round: int, values: Mapping[str, float]) -> None:
+        """TensorBoard scalars of a round."""
+        self._scalars += [(round, tag.replace("->", "_to_"), value) for tag, value in values.items()]
+
+
+def _open_at(path: Path, position: int) -> TextIO:
+    """A file to be continued at a position, cut off there."""
+    path.touch()
+    file = path.open("r+", encoding="utf-8")
+    file.seek(position)
+    file.truncate()
+    return file
 
 
 def round_to(seconds: float) -> float:

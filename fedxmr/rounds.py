@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from itertools import chain
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch import Tensor
 from fedxmr import __version__
 from fedxmr.config import Config
 from fedxmr.data import Dataset
+from fedxmr.errors import InputError
 from fedxmr.evaluation import evaluate
 from fedxmr.learners import learner_class
 from fedxmr.machine import choose_device
@@ -28,7 +30,7 @@ from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
 from fedxmr.scaling import Moments, Scaler, scale
 from fedxmr.seeding import generator
 from fedxmr.sources import scaling
-from fedxmr.state import sha256
+from fedxmr.state import load, prefixed, save, sha256, under
 from fedxmr.strategies import merge, shared_names
 from fedxmr.timing import clock
 from fedxmr.types import DataSpec, Items, Learner, Proximal, State
@@ -53,6 +55,29 @@ class Snapshot:
     before: State | None
     scaler: Scaler
     kept: Mapping[int, State]
+
+    def save(self, path: Path, client: int) -> None:
+        """Write it as one file."""
+        tensors = {**prefixed("learner", self.learner), **prefixed("scaler", self.scaler.to_state())}
+        tensors |= prefixed("before", self.before or {})
+        for round, weights in self.kept.items():
+            tensors |= prefixed(f"kept/{round}", weights)
+        waits = self.before is not None
+        save(path, tensors, {"client": client, "round": self.round, "waits": waits, "kept": list(self.kept)})
+
+    @classmethod
+    def load(cls, path: Path, client: int) -> Snapshot:
+        """What `save` wrote. Raises InputError for a damaged file or that of another client."""
+        tensors, about = load(path)
+        if about.get("client") != client:
+            raise InputError(f"{path}: expected the state of client {client}, got that of {about.get('client')}")
+        return cls(
+            round=about["round"],
+            learner=under("learner", tensors),
+            before=under("before", tensors) if about["waits"] else None,
+            scaler=Scaler.from_state(under("scaler", tensors)),
+            kept={round: under(f"kept/{round}", tensors) for round in about["kept"]},
+        )
 
 
 @dataclass(frozen=True)
@@ -184,8 +209,15 @@ class Client:
         return self._scaler
 
     def snapshot(self) -> Snapshot:
-        """A copy of all that must survive."""
-        return Snapshot(self._round, self.learner.state(), self._before, self._scaler, dict(self.kept))
+        """A copy of all that must survive; of a client that never took part, that and what it was evaluated with."""
+        learner = self._learner.state() if self._learner is not None else {}
+        return Snapshot(self._round, learner, self._before, self._scaler, dict(self.kept))
+
+    def roll_back(self, held: Snapshot) -> None:
+        """Go back to a snapshot, kept models included, and forget anything newer."""
+        self.restore(None if held.round == INITIAL else held)
+        self.kept = dict(held.kept)
+        self._previous = None
 
     def restore(self, held: Snapshot | None) -> None:
         """Go back to a snapshot, but for `kept`; None: as if never asked."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from fedxmr.evaluation import mean_scores
 from fedxmr.messages import Scores
@@ -40,6 +41,19 @@ class Selection:
         if test and (self.best_on_test is None or _average(test) > _average(self.best_on_test.test)):
             self.best_on_test = self.last
         return leads
+
+    def to_json(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {name: asdict(scored) for name, scored in vars(self).items() if scored is not None}
+
+    @classmethod
+    def from_json(cls, facts: Mapping[str, Any]) -> Selection:
+        """What `to_json` gave."""
+        selection = cls()
+        for name, scored in facts.items():
+            by_client = ({int(k): v for k, v in scored[part].items()} for part in ("validation", "test"))
+            setattr(selection, name, Scored(scored["round"], *by_client))
+        return selection
 
 
 def _average(scores: Mapping[int, Scores]) -> float:

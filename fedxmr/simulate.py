@@ -40,10 +40,12 @@ def simulate(
     pictures: commands.Pictures = True,
     out: commands.Out = None,
     overwrite: commands.Overwrite = False,
+    resume: commands.Resume = None,
 ) -> None:
     """Simulate a federation: every client trains on its own items and shares what the strategy says.
 
-    Later settings win: defaults, the strategy's preset, --config, options, KEY=VALUE.
+    Later settings win: defaults, the strategy's preset, --config, options, KEY=VALUE. With --resume they start from the
+    run folder's own configuration, of which only federation.rounds may change.
     """
     options = {
         "dataset.name": dataset,
@@ -65,13 +67,16 @@ def simulate(
         "runtime.threads": threads,
         "runtime.device": device,
     }
-    run(configure(config, options, assignments, method), out, overwrite=overwrite, pictures=pictures)
+    run(configure(config, options, assignments, method, resume), out, overwrite, resume, pictures=pictures)
 
 
-def run(config: Config, out: Path | None, *, overwrite: bool = False, pictures: bool = True) -> dict[str, Any]:
+def run(
+    config: Config, out: Path | None, overwrite: bool = False, resume: Path | None = None, *, pictures: bool = True
+) -> dict[str, Any]:
     """Check, run and report; returns the summary. Nothing is written before all that can be checked has been.
 
-    out: the run folder; None: a new one in runs/. Raises InputError, FederationError.
+    out: the run folder; None: a new one in runs/. resume: a run folder to go on with, in place of out.
+    Raises InputError, FederationError.
     """
     from fedxmr.timing import clock
 
@@ -86,13 +91,19 @@ def run(config: Config, out: Path | None, *, overwrite: bool = False, pictures: 
         data = sources.dataset(config)
         parts = sources.parts(config)
         check(config, data)
-        out = out or _free_folder(config)
-        recording.prepare(out, config, parts, overwrite)
+        out = resume or out or _free_folder(config)
+        if resume:
+            recording.reopen(resume, config, parts)
+        else:
+            recording.prepare(out, config, parts, overwrite)
     say(f"{_headline(config)}\nrun folder: {out}")
+    run_config = {"config": config.to_yaml(), "out": str(out), "resume": resume is not None}
     try:
-        local.run(server, client, config.federation.clients, {"config": config.to_yaml(), "out": str(out)})
+        local.run(server, client, config.federation.clients, run_config)
     except BaseException:
         say(f"stopped; what was measured so far is in {out}")
+        if recording.resumable(out):
+            say(f"to go on from its last checkpoint: python -m fedxmr.simulate --resume {out}")
         raise
     from fedxmr.report import report
 

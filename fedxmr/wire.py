@@ -15,12 +15,13 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor
 
-from fedxmr.messages import Farewell, Registration, Report, Task, Update
+from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Update
 from fedxmr.scaling import Moments, Scaler
 from fedxmr.state import prefixed, under
 from fedxmr.types import DataSpec, State
 
 START, TRAIN, FINISH = "query.start", "train", "query.finish"
+CHECKPOINT, RESTORE = "query.checkpoint", "query.restore"
 """The types of message a run is made of."""
 
 _RAW = "fedxmr.raw"
@@ -169,6 +170,20 @@ def unpack_report(content: RecordDict) -> Report:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise WireError(f"not a report: {error!r}") from error
+
+
+def pack_checkpoint(checkpoint: Checkpoint) -> RecordDict:
+    """Where a client's state goes or comes from; the answer is the same content."""
+    return _pack(dict(vars(checkpoint)), {})
+
+
+def unpack_checkpoint(content: RecordDict) -> Checkpoint:
+    """The checkpoint in a message. Raises WireError."""
+    facts, _ = _unpack(content)
+    try:
+        return Checkpoint(**facts)
+    except TypeError as error:
+        raise WireError(f"not a checkpoint: {error!r}") from error
 
 
 def pack_arrays(state: State) -> ArrayRecord:

@@ -7,7 +7,7 @@ the last merge and enhancement. Nothing counts before it is checked, and every f
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,12 @@ import torch
 from flwr.app import Context, Message
 from flwr.serverapp import Grid, ServerApp
 
-from fedxmr import state, wire
+from fedxmr import checkpoint, state, wire
 from fedxmr.checks import check_registrations, find_fault
 from fedxmr.config import Config
 from fedxmr.errors import FederationError
 from fedxmr.evaluation import mean_scores
-from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
+from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Scores, Task, Update
 from fedxmr.participation import evaluated, panel, sampled
 from fedxmr.progress import Progress
 from fedxmr.recording import Recorder, write_json
@@ -39,8 +39,10 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run a federation and fill its run folder. Raises FederationError where it cannot go on."""
     config = Config.from_yaml(str(context.run_config["config"]))
-    with Recorder(Path(str(context.run_config["out"]))) as recorder, Progress(config) as progress:
-        Federation(grid, config, recorder, progress).run()
+    out = Path(str(context.run_config["out"]))
+    shared, facts = checkpoint.newest(out) if context.run_config.get("resume") else ({}, {})
+    with Recorder(out, facts.get("records")) as recorder, Progress(config) as progress:
+        Federation(grid, config, recorder, progress).run(shared, facts)
 
 
 class Federation:
@@ -63,14 +65,20 @@ class Federation:
         self._participation: dict[str, list[int]] = {}
         self._rejected: list[dict[str, Any]] = []
         self._failed: list[dict[str, Any]] = []
+        self._checkpointed = 0
 
-    def run(self) -> None:
-        """The whole run: register, T rounds, flush, farewell."""
+    def run(self, shared: State, facts: Mapping[str, Any]) -> None:
+        """The whole run: register, T rounds, flush, farewell. With a checkpoint's arrays and facts: the rest of it."""
         last = self._config.federation.rounds
+        every = self._config.federation.checkpoint_every
         with clock.part("start_up"):
             self._start()
-        for round in range(1, last + 1):
+            if facts:
+                self._restore(shared, facts)
+        for round in range(self._checkpointed + 1, last + 1):
             self._round(round)
+            if every and round % every == 0:
+                self._checkpoint(round)
         self._flush(last + 1)
         self._finish(last)
 
@@ -238,16 +246,59 @@ class Federation:
             if update.test is not None:
                 test[update.client] = update.test
                 self._recorder.note(round, update.client, test=update.test)
+        if scored:
+            if self._selection.offer(round, validation, test):
+                self._selected_shared = self._shared
+            mean = mean_scores(list(validation.values()))
+            self._progress.scored(mean["average"])
+            self._recorder.scalars(round, {f"validation/mean/{d}": s for d, s in mean.items()})
+            for client, scores in validation.items():
+                self._recorder.scalars(round, {f"validation/client {client}/{d}": s for d, s in scores.items()})
         self._recorder.write_up_to(round)
-        if not scored:
-            return
-        if self._selection.offer(round, validation, test):
-            self._selected_shared = self._shared
-        mean = mean_scores(list(validation.values()))
-        self._progress.scored(mean["average"])
-        self._recorder.scalars(round, {f"validation/mean/{d}": s for d, s in mean.items()})
-        for client, scores in validation.items():
-            self._recorder.scalars(round, {f"validation/client {client}/{d}": s for d, s in scores.items()})
+
+    def _checkpoint(self, round: int) -> None:
+        """Write the server's state and every client's; those that did nothing since the last are linked."""
+        out = self._recorder.out
+        with clock.part("state"):
+            begun = checkpoint.begin(out, round)
+            everyone = self._base.keys() | set(self._panel)  # a panel member keeps models it was evaluated with
+            changed = {k for k in everyone if k in self._panel or self._base[k] > self._checkpointed}
+            self._ask(wire.CHECKPOINT, [Checkpoint(k, f"{begun}/{checkpoint.client_file(k)}") for k in sorted(changed)])
+            shared = state.prefixed("shared", self._shared) | state.prefixed("selected", self._selected_shared)
+            facts = {
+                "round": round,
+                "base": self._base,
+                "selection": self._selection.to_json(),
+                "bytes": self._bytes,
+                "participation": self._participation,
+                "rejected": self._rejected,
+                "failed": self._failed,
+                "records": self._recorder.position(),
+            }
+            checkpoint.complete(out, round, shared, facts, sorted(everyone - changed), self._checkpointed)
+        self._checkpointed = round
+
+    def _restore(self, shared: State, facts: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint, with every client that had taken part."""
+        self._checkpointed = facts["round"]
+        self._shared, self._selected_shared = state.under("shared", shared), state.under("selected", shared)
+        self._base = {int(k): base for k, base in facts["base"].items()}
+        self._selection = Selection.from_json(facts["selection"])
+        self._bytes, self._participation = facts["bytes"], facts["participation"]
+        self._rejected, self._failed = facts["rejected"], facts["failed"]
+        folder = checkpoint.folder(self._checkpointed)
+        everyone = sorted(self._base.keys() | set(self._panel))
+        self._ask(wire.RESTORE, [Checkpoint(k, f"{folder}/{checkpoint.client_file(k)}") for k in everyone])
+        self._progress.start_at(self._checkpointed)
+
+    def _ask(self, kind: str, requests: Sequence[Checkpoint]) -> None:
+        """Have clients write or read their states. Raises FederationError where one cannot."""
+        messages = [Message(wire.pack_checkpoint(r), self._nodes[r.client], kind) for r in requests]
+        replies = list(self._grid.send_and_receive(messages, timeout=self._config.federation.deadline))
+        if failed := [reply.error.reason for reply in replies if reply.has_error()]:
+            raise FederationError(f"{kind}: {failed[0]}")
+        if len(replies) < len(messages):
+            raise FederationError(f"{kind}: {len(messages) - len(replies)} clients did not answer in time")
 
     def _record_events(self, round: int, contributions: Sequence[Contribution], weights: torch.Tensor) -> None:
         shown = [(c, w) for c, w in zip(contributions, weights.tolist(), strict=True) if c.client in self._panel]

@@ -14,6 +14,9 @@ from fedxmr.types import DataSpec, Items
 Scaling = Literal["standardise", "norm", "none"]
 """How a run scales a modality: zero mean and unit variance per column, rows scaled to L2 norm 10, or as they are."""
 
+MODALITY_NAME = r"^[A-Za-z0-9_-]+$"
+"""Modalities become parts of dotted names, file names and directions such as "image->text"."""
+
 
 @dataclass(frozen=True)
 class Dataset:

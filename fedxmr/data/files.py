@@ -7,6 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -97,8 +98,13 @@ def _download(file: RemoteFile) -> Path:
     import pooch
 
     def fetch(url: str, output: str, registry: object) -> None:
-        with Path(output).open("wb") as opened:
-            pooch.HTTPDownloader(timeout=SILENCE)(url, _TimedFile(opened, DEADLINE), registry)
+        with Path(output).open("wb") as opened, ExitStack() as connections:
+
+            def close_later(response: Any, **_: object) -> None:  # pooch itself closes no answer it has not read out
+                connections.callback(response.close)
+
+            get = pooch.HTTPDownloader(timeout=SILENCE, hooks={"response": close_later})
+            get(url, _TimedFile(opened, DEADLINE), registry)
 
     place = Path(pooch.os_cache("fedxmr")) / file.path
     pooch.get_logger().setLevel(logging.WARNING)

@@ -7,12 +7,13 @@ its own that says nothing about the class, and passes both through its own rando
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from torch import Generator, Tensor
 
-from fedxmr.data.dataset import Dataset
+from fedxmr.data.dataset import MODALITY_NAME, Dataset
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items
 
@@ -28,7 +29,7 @@ class Options(BaseModel):
     items: PositiveInt = Field(1000, description="training items")
     validation_items: PositiveInt = Field(250, description="validation items")
     test_items: PositiveInt = Field(250, description="test items")
-    modalities: dict[str, PositiveInt] = Field(
+    modalities: dict[Annotated[str, Field(pattern=MODALITY_NAME)], PositiveInt] = Field(
         {"image": 64, "text": 32}, description="modality -> feature width", min_length=1
     )
     classes: PositiveInt = Field(10, description="number of classes")

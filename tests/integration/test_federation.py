@@ -324,7 +324,7 @@ def test_tensorboard_holds_scores_losses_weights_bytes_and_seconds(tmp_path):
     ):
         assert tag in tags, tag
     assert [e.step for e in events.Scalars("validation/mean/average")] == [1, 2, 3]
-    assert [e.step for e in events.Scalars("loss/client_0")] == [1, 2, 3]
+    assert [e.step for e in events.Scalars("loss/client 0")] == [1, 2, 3]
 
 
 def test_pictures_are_drawn_as_files_and_in_tensorboard(tmp_path):

@@ -134,9 +134,8 @@ def test_the_next_folder_is_asked_for_what_the_first_lacks(
 ):
     (tmp_path / "given").mkdir()
     monkeypatch.setenv("FEDXMR_DATA", str(tmp_path / "environment"))
-    assert locate(remote, None if place(tmp_path / "environment") is None else tmp_path / "given") == (
-        tmp_path / "environment" / "set" / "file.bin"
-    )
+    elsewhere = place(tmp_path / "environment")
+    assert locate(remote, tmp_path / "given") == elsewhere
     assert not list((tmp_path / "given").iterdir())
 
 

@@ -1,0 +1,150 @@
+"""An interrupted run, resumed, ends with the same bytes as one that was left alone."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fedxmr import checkpoint, commands
+from fedxmr.errors import InputError
+from fedxmr.simulate import run, simulate
+from tests.federations import SMALL, TOY, configured, federate, same_bytes
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = (*SMALL, "federation.rounds=9", "federation.checkpoint_every=2")
+ARGUMENTS = [*BASE, "--no-pictures"]
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, messages: int) -> None:
+    """Ctrl-C in the middle of a client's work, after so many training tasks."""
+    from fedxmr.rounds import Client
+
+    take_part, count = Client.take_part, iter(range(messages, -1, -1))
+
+    def interrupted(self, task):
+        if next(count, 1) == 0:
+            raise KeyboardInterrupt
+        return take_part(self, task)
+
+    monkeypatch.setattr(Client, "take_part", interrupted)
+
+
+@pytest.mark.parametrize(
+    "assignments",
+    [
+        ("strategy=fedcmr",),
+        ("strategy=fedavg", "evaluation.every=3"),
+        ("strategy=fedcmr", "federation.clients=8", "federation.sample=2", "evaluation.clients=3"),
+        ("strategy=local", "evaluation.every=0"),
+    ],
+    ids=["fedcmr", "fedavg", "sampled", "local"],
+)
+def test_a_resumed_run_has_the_bytes_of_an_undisturbed_one(tmp_path, monkeypatch, assignments):
+    config = configured(*assignments, base=BASE)
+    run(config, tmp_path / "whole", pictures=False)
+    for stops in (7, 9, 5):  # three interruptions, the first before the first checkpoint where few take part
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            interrupt_after(patch, stops)
+            resume = tmp_path / "broken" if checkpoint.rounds(tmp_path / "broken") else None
+            run(config, tmp_path / "broken", overwrite=True, resume=resume, pictures=False)
+    run(config, None, resume=tmp_path / "broken", pictures=False)
+    assert same_bytes(tmp_path / "whole", tmp_path / "broken")
+    whole, broken = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "broken"))
+    for summary in (whole, broken):
+        summary.pop("seconds")
+    assert whole == broken
+
+
+def test_a_run_killed_by_the_system_is_resumed(tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fedxmr.simulate", *ARGUMENTS, "federation.rounds=400", "--out", str(out)]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 120
+        while len(checkpoint.rounds(out)) < 2 and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert commands.run(simulate, ["--resume", str(out), "--no-pictures"]) == commands.OK
+    federate(tmp_path / "whole", "federation.rounds=400", base=BASE)
+    assert same_bytes(out, tmp_path / "whole")
+
+
+def test_tensorboard_shows_every_step_once_after_a_resume(tmp_path, monkeypatch):
+    config = configured(base=BASE)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 16)  # in round 6, of which round 5 was not checkpointed
+        run(config, tmp_path / "run", pictures=False)
+    run(config, None, resume=tmp_path / "run", pictures=False)
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [e.step for e in events.Scalars("loss/client 0")] == list(range(1, 10))
+    assert [e.step for e in events.Scalars("validation/mean/average")] == list(range(1, 10))
+
+
+def test_rounds_may_grow_and_the_longer_run_is_that_of_one_piece(tmp_path):
+    federate(tmp_path / "run", "federation.rounds=4", base=BASE)
+    assert commands.run(simulate, ["--resume", str(tmp_path / "run"), "--rounds", "9", "--no-pictures"]) == commands.OK
+    federate(tmp_path / "whole", base=BASE)
+    assert same_bytes(tmp_path / "run", tmp_path / "whole")
+
+
+def test_the_newest_two_checkpoints_are_kept_whole(tmp_path):
+    federate(tmp_path / "run", "federation.clients=8", "federation.sample=2", "evaluation.clients=3", base=BASE)
+    assert checkpoint.rounds(tmp_path / "run") == [6, 8]
+    for folder in (tmp_path / "run" / "checkpoint").iterdir():
+        assert (folder / "server.safetensors").is_file()
+    assert len(list((tmp_path / "run" / "checkpoint").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--strategy", "fedavg"], "changed: strategy."),
+        (["--seed", "3"], "cannot be resumed with another configuration; changed: seed"),
+        (["learner.eta=0.5"], "changed: learner.eta"),
+        (["--rounds", "3"], "federation.rounds may grow, from 4, got 3"),
+        ([], "this run has ended"),
+        (["--config", "x.yaml"], "expected no --config"),
+    ],
+)
+def test_what_cannot_be_resumed_says_why_and_changes_nothing(tmp_path, capsys, arguments, says):
+    federate(tmp_path / "run", "federation.rounds=4", base=BASE)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    capsys.readouterr()
+    assert commands.run(simulate, ["--resume", str(tmp_path / "run"), *arguments]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
+    out = tmp_path / "run"
+    federate(out, base=(*TOY, "federation.checkpoint_every=1"))
+    (newest,) = checkpoint.rounds(out)[-1:]
+    path = out / checkpoint.folder(newest) / "server.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    grown = configured("federation.rounds=5", base=(*TOY, "federation.checkpoint_every=1"))
+    with pytest.raises(InputError, match="damaged"):
+        run(grown, None, resume=out, pictures=False)
+    path.write_bytes(content)
+    one, other = (out / checkpoint.folder(newest) / f"client-{k}.safetensors" for k in (0, 1))
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(RuntimeError, match="expected the state of client 0, got that of 1"):
+        run(grown, None, resume=out, pictures=False)
+
+
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
+    config = configured("federation.checkpoint_every=0")
+    run(config, tmp_path / "run", pictures=False)
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(InputError, match="has no checkpoint to resume from"):
+        run(config, None, resume=tmp_path / "run", pictures=False)
