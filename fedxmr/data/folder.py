@@ -39,7 +39,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from fedxmr.data.dataset import MODALITY_NAME, Dataset, Scaling, multi_hot
+from fedxmr.data.dataset import MODALITY_NAME, Dataset, multi_hot
 from fedxmr.data.files import one_line
 from fedxmr.errors import InputError, unknown
 from fedxmr.types import DataSpec, Items
@@ -49,12 +49,11 @@ Array = npt.NDArray[Any]
 
 
 class Options(BaseModel):
-    """Where the folder is, and how its features want to be scaled."""
+    """Where the folder is."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     path: Path = Field(description="the folder")
-    scaling: dict[str, Scaling] = Field({}, description="modality -> its scaling; standardise where not named")
 
 
 def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: ARG001 - all loaders are called alike
@@ -69,9 +68,6 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
     for part, selected in parts.items():
         for modality in sorted(set(items.features) - set(selected.modalities)):
             raise InputError(f"{folder / 'split.npz'}: expected {part} items that have {modality}, got none")
-    for modality in options.scaling:
-        if modality not in items.features:
-            raise unknown("modality in scaling", modality, items.features)
     dims = {modality: x.shape[1] for modality, x in items.features.items()}
     return Dataset(
         name=folder.resolve().name,
@@ -82,7 +78,7 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
         test=parts["test"],
         all_test=parts["test"],
         all_test_overlaps=False,
-        scaling={modality: options.scaling.get(modality, "standardise") for modality in dims},
+        scaling=dict.fromkeys(dims, "standardise"),
     )
 
 

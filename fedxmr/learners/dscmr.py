@@ -48,12 +48,12 @@ class DSCMRConfig(BaseModel):
     activation: Literal["leaky_relu", "relu", "none"] = Field(
         "leaky_relu", description="on the common subspace: leaky_relu (slope 0.01) in FedCMR's code, none in DSCMR's"
     )
-    lambda_: float = Field(1.0, alias="lambda", ge=0, description="weight of l2, similarity by shared classes")
+    lambda_: float = Field(0.1, alias="lambda", ge=0, description="weight of l2, similarity by shared classes")
     eta: float = Field(0.1, ge=0, description="weight of l3, the distance between an item's modalities")
     norm: Norm = Field("row", description="l1, l3: mean of the rows' norms (code) or Frobenius norm / n (papers)")
     blocks: Blocks = Field("unordered", description="l2: a pair of modalities counts once (code) or twice (FedCMR)")
     similar: Similar = Field("binary", description="S of two items: share a class, or the count of classes they share")
-    batch_size: int = Field(20, ge=1, description="items per step")
+    batch_size: int = Field(50, ge=1, description="items per step")
     shuffle: bool = Field(True, description="draw the batches anew every epoch")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="what trains all parameters")
     keep_optimizer: bool = Field(True, description="keep the optimiser's moments from stage to stage")

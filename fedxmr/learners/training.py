@@ -35,7 +35,7 @@ class OptimizerConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Literal["adam", "sgd"] = Field("adam", description="adam, or sgd without momentum")
-    lr: float = Field(1e-4, gt=0, description="learning rate")
+    lr: float = Field(1e-3, gt=0, description="learning rate")
     betas: tuple[float, float] = Field((0.5, 0.999), description="Adam's decay rates of the two moments")
     weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
 

@@ -89,11 +89,10 @@ def test_class_names_may_name_classes_no_item_has(folder: Path):
     assert dataset.train.labels.shape == (6, 4)
 
 
-def test_class_vectors_and_scaling_are_handed_on(folder: Path):
+def test_class_vectors_are_handed_on(folder: Path):
     np.save(folder / "class_vectors.npy", np.eye(3))
-    dataset = load_dataset(str(folder), {"scaling": {"text": "norm"}})
+    dataset = load_dataset(str(folder))
     assert torch.equal(dataset.spec.class_vectors, torch.eye(3))
-    assert dataset.scaling == {"image": "standardise", "text": "norm"}
 
 
 def test_hidden_files_are_passed_over(folder: Path):
@@ -230,12 +229,6 @@ def test_no_folder_of_features_is_an_error(folder: Path):
         path.unlink()
     (folder / "features").rmdir()
     assert message(folder).endswith("features: expected a folder of <modality>.npy files, got nothing there")
-
-
-def test_scaling_of_an_unknown_modality_is_an_error(folder: Path):
-    assert message(folder, scaling={"txt": "norm"}) == (
-        "unknown modality in scaling 'txt'; did you mean 'text'? (known: image, text)"
-    )
 
 
 def test_a_file_where_a_folder_is_expected_is_an_error(folder: Path):

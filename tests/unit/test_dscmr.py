@@ -41,8 +41,8 @@ def items(n=12, modalities=("image", "text"), multi_label=False):
 
 def test_the_defaults():
     config = DSCMRConfig()
-    assert (config.hidden, config.width, config.lambda_, config.eta, config.batch_size) == (512, 256, 1.0, 0.1, 20)
-    assert (config.optimizer.lr, config.optimizer.betas) == (1e-4, (0.5, 0.999))
+    assert (config.hidden, config.width, config.lambda_, config.eta, config.batch_size) == (512, 256, 0.1, 0.1, 50)
+    assert (config.optimizer.lr, config.optimizer.betas) == (1e-3, (0.5, 0.999))
 
 
 @pytest.mark.parametrize("bad", [{"lamda": 1}, {"width": 0}, {"eta": -1}, {"norm": "l2"}, {"batch_size": 0}])
@@ -53,7 +53,7 @@ def test_a_bad_option_is_refused(bad):
 
 def test_lambda_is_spelt_lambda_in_yaml():
     assert DSCMRConfig(**{"lambda": 0.5}).lambda_ == DSCMRConfig(lambda_=0.5).lambda_ == 0.5
-    assert DSCMRConfig().model_dump(by_alias=True)["lambda"] == 1.0
+    assert DSCMRConfig().model_dump(by_alias=True)["lambda"] == 0.1
 
 
 def test_fedcmr_shares_the_common_layer_and_fedavg_everything():
