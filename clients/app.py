@@ -71,7 +71,9 @@ def checkpoint(message: Message, context: Context) -> Message:
     """In a simulation: write this client's state into the run folder."""
     asked = wire.unpack_checkpoint(message.content)
     with clock.part("state"):
-        residents.get(context).snapshot().save(Path(str(context.run_config["out"])) / asked.file, asked.client)
+        client = residents.get(context)
+        client.return_to(asked.base)
+        client.snapshot().save(Path(str(context.run_config["out"])) / asked.file, asked.client)
     return Message(wire.pack_checkpoint(asked), reply_to=message)
 
 

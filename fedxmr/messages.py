@@ -81,9 +81,13 @@ class Update:
 
 @dataclass(frozen=True)
 class Farewell:
-    """The end of a run: the round to hold as `selected` (0: none), and whether to measure it and the last on test."""
+    """The end of a run: the round to hold as `selected` (0: none), and whether to measure it and the last on test.
+
+    base: as in a task.
+    """
 
     client: int
+    base: int
     selected: int
     last: int
     evaluate: bool
@@ -101,7 +105,11 @@ class Report:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """In a simulation: write a client's state to a file of the run folder, or go back to the one that is there."""
+    """In a simulation: write a client's state to a file of the run folder, or go back to the one that is there.
+
+    base: as in a task.
+    """
 
     client: int
+    base: int
     file: str

@@ -18,9 +18,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Generator, Tensor
 
@@ -39,7 +40,8 @@ RECALL_LEVELS = tuple(tenth / 10 for tenth in range(11))
 CHUNK_SCORES = 1 << 22
 """About how many scores one call gives, 16 MB in float32: enough rows for an efficient matrix product."""
 
-CACHED_SCORES = 1 << 19  # so many are ranked at a time on a CPU: the passes over 4 MB of keys stay in its cache
+CACHED_SCORES = 1 << 16
+"""About how many of them a CPU thread ranks at a time: the passes over 512 kB of keys stay in its cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,9 +98,9 @@ def average_precision(scores: Tensor, relevant: Tensor, order: Tensor, ap_varian
     scores [q, g]; relevant [q, g] bool; order [g] as from `tie_order`.
     Returns [q] float64, NaN for a query with nothing relevant. `retrieval` gives the same, in chunks and faster.
     """
-    hit = relevant.gather(1, ranking(scores, order)).int()
-    found, summed = _precision_sums(hit, ap_variant)
-    return summed[:, -1] / found[:, -1]
+    hit = relevant.gather(1, ranking(scores, order)).long()
+    found, precision = _precision_at_hits(hit, _ranks(hit, 1 if ap_variant == "dlsl" else 0))
+    return precision.sum(1) / found[:, -1]
 
 
 def mean_average_precision(
@@ -148,27 +150,28 @@ def retrieval(
     queries, size = len(query_labels), len(gallery_labels)
     _check_gallery(queries, size, order, pairs)
     query_form, gallery_form = _label_forms(query_labels, gallery_labels)
-    tie_rank = torch.empty_like(order)
-    tie_rank[order] = torch.arange(size, device=order.device)
+    ranks = torch.arange(1, size + 1, dtype=torch.float64) + (1 if ap_variant == "dlsl" else 0)
+    last = [min(k, size) - 1 for k in at]  # the column of the last item within each K
+    depth = size if curves else max(at, default=0)  # how much of a ranking must be kept
 
     tied = 0
-    columns: defaultdict[str, list[Tensor]] = defaultdict(list)  # name -> per block [b] or [b, k] float64, CPU
+    columns: defaultdict[str, list[Tensor]] = defaultdict(list)  # name -> per chunk [b] or [b, k] float64, CPU
     for rows, block in _blocks(scores, queries, size, chunk or max(1, CHUNK_SCORES // size)):
-        order, tie_rank, gallery_form = (x.to(block.device) for x in (order, tie_rank, gallery_form))
+        order, ranks, gallery_form = (x.to(block.device) for x in (order, ranks, gallery_form))
         shared = _shared(query_form[rows].to(block.device), gallery_form)
-        all_keys = _sorted_keys(block, shared.bool(), order, tie_rank)
-        for part in _parts(all_keys, CACHED_SCORES):
-            keys = all_keys[part]
-            measured = _measure_hits(keys.int() & 1, at, curves, ap_variant)
-            tied += _count_tied(keys)
-            if at:
-                top = order[(keys[:, : max(at)] & _LOW) >> 1]
-                measured["ndcg"] = _ndcg(shared[part], top, at)
-                if pairs is not None:
-                    own = top == pairs[rows][part, None].to(block.device)
-                    measured["recall"] = own.cumsum(1)[:, _last(at, size)].double()
-            for name, value in measured.items():
-                columns[name].append(value.cpu())
+        ranked = _rank(block, shared.bool(), order, ranks, [*last, size - 1], depth)
+        tied += ranked.tied
+        measured = _measure_hits(ranked, last)
+        if at:
+            top = order[ranked.top[:, : max(at)] >> 1]
+            measured["ndcg"] = _ndcg(shared, top, last)
+            if pairs is not None:
+                own = top == pairs[rows, None].to(block.device)
+                measured["recall"] = own.cumsum(1)[:, last].double()
+        if curves:
+            measured["curve"] = _interpolated_precision(ranked.top & 1)
+        for name, value in measured.items():
+            columns[name].append(value.cpu())
     table = {name: torch.cat(chunks) for name, chunks in columns.items()}
     has_pair = None if pairs is None else pairs.cpu() >= 0
     return _means(table, tied / (queries * size), at, has_pair, curves, without_relevant)
@@ -179,90 +182,128 @@ def retrieval(
 _SCORE = 1 << 31
 _LOW = _SCORE - 1
 
-
-def _sorted_keys(scores: Tensor, relevant: Tensor, order: Tensor, tie_rank: Tensor) -> Tensor:
-    """scores [b, g] float, relevant [b, g] bool -> [b, g] int64 keys >= 0, best first."""
-    if scores.device.type == "cpu" and scores.dtype == torch.float32:
-        return _pack_and_sort(scores, relevant, tie_rank)
-    falling, place = (0.0 - scores[:, order]).sort(dim=1, stable=True)  # 0.0 - x, not -x: it also turns -0.0 into 0.0
-    distinct = torch.zeros_like(place)
-    distinct[:, 1:] = (falling[:, 1:] != falling[:, :-1]).cumsum(1)
-    return distinct * _SCORE + place * 2 + relevant.gather(1, order[place])
+IntArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
+Array = TypeVar("Array", npt.NDArray[Any], Tensor)
 
 
-def _pack_and_sort(scores: Tensor, relevant: Tensor, tie_rank: Tensor) -> Tensor:
-    """The same for float32 on a CPU, several times faster: no argsort and no gather, only NumPy's vectorised sort.
+@dataclass(frozen=True)
+class _Ranked:
+    """What is kept of the rankings of b queries.
 
-    The threads are Python's, and all passes NumPy's, which lets go of the interpreter lock: they meet once per chunk,
-    not in every pass, and do not wait behind the threads of torch, which spin for a while after each of its passes.
+    top: [b, depth] int64, tie rank * 2 + relevance of the best items. tied: how many items have a score that is not unique.
+    found: [b, k] int64, the relevant items up to each of k columns. summed: [b, k] float64, their precisions' sum.
     """
-    keys = np.empty(scores.shape, dtype=np.int64)
-    low = tie_rank.numpy() * 2 + 2**62  # 2**62: the smallest 32-bit integer, times _SCORE, becomes 0
 
-    def fill(part: slice) -> None:
-        bits = (np.float32(0) - scores[part].numpy()).view(np.int32)
-        bits ^= (bits >> 31) & 0x7FFFFFFF  # floats are sign and magnitude; now they compare as integers do
-        np.multiply(bits, _SCORE, out=keys[part], dtype=np.int64)
-        keys[part] += low
-        keys[part] += relevant[part].numpy()
-        keys[part].sort(axis=1)
+    top: Tensor
+    found: Tensor
+    summed: Tensor
+    tied: int
 
+
+def _rank(scores: Tensor, relevant: Tensor, order: Tensor, ranks: Tensor, columns: list[int], depth: int) -> _Ranked:
+    """scores [b, g] float32 or float64, relevant [b, g] bool, ranks [g] what the precision divides by.
+
+    On a CPU all passes are NumPy's, in Python's threads, a few rows at a time. So the rows stay in the cache, the threads
+    meet once per chunk and not in every pass, and they do not compete with those of torch, which spin on after each of its
+    passes: on a busy machine that took ten times as long.
+    """
+    if scores.device.type != "cpu":
+        top, found, summed, tied = _read(_sorted_keys(scores, relevant, order), ranks, columns, depth)
+        return _Ranked(top, found, torch.stack(summed, 1), tied)
+    pack = scores.dtype == torch.float32
+    rows = scores if pack else _sorted_keys(scores, relevant, order)
+    low = torch.empty_like(order)
+    low[order] = torch.arange(0, 2 * len(order), 2)
+
+    def rank_part(part: slice) -> tuple[IntArray, IntArray, FloatArray, int]:
+        keys = rows[part].numpy()
+        if pack:
+            keys = _packed_keys(keys, relevant[part].numpy(), low.numpy())
+            keys.sort(axis=1)
+        top, found, summed, tied = _read(keys, ranks.numpy(), columns, depth)
+        return top, found, np.stack(summed, 1), tied
+
+    height = max(1, CACHED_SCORES // len(order))
+    parts = [slice(start, start + height) for start in range(0, len(scores), height)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        list(pool.map(fill, _parts(scores, CACHED_SCORES // 4)))
-    return torch.from_numpy(keys)
+        top, found, summed, tied = zip(*pool.map(rank_part, parts), strict=True)
+    whole = (torch.from_numpy(np.concatenate(x)) for x in (top, found, summed))
+    return _Ranked(*whole, sum(tied))
 
 
-def _parts(rows: Tensor, elements: int) -> Iterator[slice]:
-    """Slices of the rows of [b, g] of about so many elements, on a CPU; else all of them at once."""
-    height = max(1, elements // rows.shape[1]) if rows.device.type == "cpu" else len(rows)
-    for start in range(0, len(rows), height):
-        yield slice(start, start + height)
+def _sorted_keys(scores: Tensor, relevant: Tensor, order: Tensor) -> Tensor:
+    """scores [b, g] float, relevant [b, g] bool -> [b, g] int64 keys, best first: for any dtype and device."""
+    falling, tie_rank = (0.0 - scores[:, order]).sort(dim=1, stable=True)  # not -x: 0.0 - x also turns -0.0 into 0.0
+    place = torch.zeros_like(tie_rank)
+    place[:, 1:] = (falling[:, 1:] != falling[:, :-1]).cumsum(1)
+    return place * _SCORE + tie_rank * 2 + relevant.gather(1, order[tie_rank])
 
 
-def _count_tied(keys: Tensor) -> int:
+def _packed_keys(scores: npt.NDArray[np.float32], relevant: npt.NDArray[np.bool_], low: IntArray) -> IntArray:
+    """The keys of float32 scores without ranking them first: sorting them takes no argsort and no gather.
+
+    low [g]: tie rank * 2.
+    """
+    bits = (np.float32(0) - scores).view(np.int32)
+    bits ^= (bits >> 31) & 0x7FFFFFFF  # floats are sign and magnitude; now they compare as integers do
+    keys = np.multiply(bits, _SCORE, dtype=np.int64)
+    keys += low + 2**62  # the lowest place becomes 0, so that no key is negative
+    keys += relevant
+    return keys
+
+
+def _read(keys: Array, ranks: Array, columns: list[int], depth: int) -> tuple[Array, Array, list[Array], int]:
+    """Sorted keys [b, g], of NumPy or torch -> the fields of `_Ranked`, with `summed` as its columns."""
+    found, precision = _precision_at_hits(keys & 1, ranks)
+    summed = [precision[:, : column + 1].sum(1) for column in columns]
+    return keys[:, :depth] & _LOW, found[:, columns], summed, _count_tied(keys)
+
+
+def _precision_at_hits(hit: Array, ranks: Array) -> tuple[Array, Array]:
+    """hit [b, g] int64, 1 where the item at a rank is relevant -> [b, g] each, by rank.
+
+    The number of hits so far (int64), and the precision (float64) where there is a hit, else 0.
+    """
+    found = hit.cumsum(1)
+    precision = found / ranks
+    precision *= hit
+    return found, precision
+
+
+def _count_tied(keys: Array) -> int:
     """Sorted keys [b, g] -> the number of items whose score equals that of a neighbour."""
     same = (keys[:, 1:] ^ keys[:, :-1]) < _SCORE
-    tied = torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
-    tied[:, 1:] = same
-    tied[:, :-1] |= same
-    return int(tied.count_nonzero())
+    runs = same[:, :1].sum() + (same[:, 1:] > same[:, :-1]).sum()
+    return int(same.sum() + runs)  # a run of n equal scores has n - 1 pairs of neighbours
 
 
-def _precision_sums(hit: Tensor, ap_variant: ApVariant) -> tuple[Tensor, Tensor]:
-    """hit [b, g] int32, 1 where the item at a rank is relevant -> running sums over the ranks, [b, g] each.
-
-    The number of hits (int32), and the sum of the precision at each hit (float64).
-    """
-    found = hit.cumsum(1, dtype=torch.int32)
-    precision_at_hits = (found * hit).double().div_(_ranks(hit, 1 if ap_variant == "dlsl" else 0))
-    # a running sum also for AP@all: torch may split the plain sum of one long row over threads, and chunks would show
-    return found, precision_at_hits.cumsum_(1)
-
-
-def _measure_hits(hit: Tensor, at: Sequence[int], curves: bool, ap_variant: ApVariant) -> dict[str, Tensor]:
-    """hit [b, g] int32, by rank -> what depends on nothing else, [b] or [b, k] float64; 0 where nothing is relevant."""
-    found, summed = _precision_sums(hit, ap_variant)
-    measured = {"relevant": found[:, -1].double(), "ap": summed[:, -1] / found[:, -1].clamp(min=1)}
-    if at:
-        last = _last(at, hit.shape[1])
-        within = found[:, last]
-        measured["map"] = summed[:, last] / within.clamp(min=1)
-        measured["precision"] = within / torch.tensor(last, device=hit.device).add(1).double()
+def _measure_hits(ranked: _Ranked, last: list[int]) -> dict[str, Tensor]:
+    """What depends on relevance alone, [b] or [b, k] float64; 0 where nothing is relevant."""
+    precision = ranked.summed / ranked.found.clamp(min=1)
+    measured = {"relevant": ranked.found[:, -1].double(), "ap": precision[:, -1]}
+    if last:
+        within = ranked.found[:, :-1]
+        measured["map"] = precision[:, :-1]
+        measured["precision"] = within / (torch.tensor(last, dtype=torch.float64, device=within.device) + 1)
         measured["hit"] = (within > 0).double()
-    if curves:
-        best_from_here = (found / _ranks(hit)).flip(1).cummax(1).values.flip(1)
-        tenths = torch.arange(len(RECALL_LEVELS), device=hit.device)
-        needed = (found[:, -1:] * tenths + 9) // 10  # hits that reach a recall of so many tenths, without rounding
-        measured["curve"] = best_from_here.gather(1, torch.searchsorted(found, needed))
     return measured
 
 
-def _ndcg(shared: Tensor, top: Tensor, at: Sequence[int]) -> Tensor:
-    """shared [b, g] labels in common, top [b, k] gallery indices by rank -> [b, len(at)] float64, 0 without an ideal."""
+def _interpolated_precision(hit: Tensor) -> Tensor:
+    """hit [b, g] int64 by rank -> [b, 11] float64: the best precision at any rank that reaches each of RECALL_LEVELS."""
+    found = hit.cumsum(1)
+    best_from_here = (found / _ranks(hit)).flip(1).cummax(1).values.flip(1)
+    tenths = torch.arange(len(RECALL_LEVELS), device=hit.device)
+    needed = (found[:, -1:] * tenths + 9) // 10  # hits that make a recall of so many tenths, without rounding
+    return best_from_here.gather(1, torch.searchsorted(found, needed))
+
+
+def _ndcg(shared: Tensor, top: Tensor, last: list[int]) -> Tensor:
+    """shared [b, g] labels in common, top [b, k] gallery items by rank -> [b, len(last)] float64, 0 without an ideal."""
     discount = _ranks(top, 1).log2()
     gain = shared.gather(1, top).double()
     ideal = shared.float().topk(top.shape[1]).values.double()
-    last = _last(at, shared.shape[1])
     best = (ideal / discount).cumsum(1)[:, last]
     return (gain / discount).cumsum(1)[:, last] / best.where(best > 0, 1.0)
 
@@ -308,11 +349,6 @@ def _mean(values: Tensor) -> float:
 def _ranks(by_rank: Tensor, offset: int = 0) -> Tensor:
     """1, 2, ... (plus an offset) for the columns of [b, g]; float64."""
     return torch.arange(1 + offset, by_rank.shape[1] + 1 + offset, dtype=torch.float64, device=by_rank.device)
-
-
-def _last(at: Sequence[int], size: int) -> list[int]:
-    """The column of the last item within each K."""
-    return [min(k, size) - 1 for k in at]
 
 
 def _label_forms(query_labels: Tensor, gallery_labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -174,6 +174,7 @@ class Client:
 
     def finish(self, farewell: Farewell) -> Report:
         """The last word; from then on `kept` holds the selected round alone and the last is the learner's own state."""
+        self.return_to(farewell.base)
         last = self.learner.state()
         scores: dict[int, Scores] = {}
         if farewell.evaluate:
@@ -198,7 +199,7 @@ class Client:
         def model(round: int, weights: State) -> Model:
             return Model(self.client, round, weights, self._setting.data.spec, self._scaler, self._setting.scaling)
 
-        found = {"last": model(self._config.federation.rounds, learner.state(self._weights()))}
+        found = {"last": model(min(self._round, self._config.federation.rounds), learner.state(self._weights()))}
         for round, weights in self.kept.items():
             found["selected"] = model(round, weights)
         return found
@@ -231,7 +232,7 @@ class Client:
         self._standardise(held.scaler)
 
     def _follow(self, task: Task) -> Update:
-        self._go_to(task)
+        self._begin(task)
         self._take_over(task)
         validation = test = None
         if task.evaluate:
@@ -242,17 +243,22 @@ class Client:
         loss, shared = self._train(task) if task.fit else (None, {})
         return Update(task.round, self.client, len(self._raw), class_counts(self._raw), loss, shared, validation, test)
 
-    def _go_to(self, task: Task) -> None:
-        """Start from the state the task is based on, and discard anything newer."""
+    def return_to(self, base: int) -> None:
+        """Go to the state of the last accepted reply, and discard anything newer. RuntimeError where it is not here."""
+        if base == INITIAL:
+            self.restore(None)
+        elif self._round != base:
+            if self._previous is None or self._previous.round != base:
+                raise RuntimeError(f"client {self.client} holds no state of round {base}")
+            self.restore(self._previous)
+
+    def _begin(self, task: Task) -> None:
+        """Go to the state the task starts from; from here until the reply the state is neither old nor new."""
+        self.return_to(task.base)
         if task.base == INITIAL:
             self._learner = self._setting.learner()
             self._learner.load(self._setting.initial)
-            self._before = None
             self._standardise(task.scaler)
-        elif self._round != task.base:
-            if self._previous is None or self._previous.round != task.base:
-                raise RuntimeError(f"client {self.client} holds no state of round {task.base}")
-            self.restore(self._previous)
         if task.keep:
             if self._config.federation.tolerate_failures and task.base != INITIAL:
                 self._previous = self.snapshot()

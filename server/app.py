@@ -263,7 +263,7 @@ class Federation:
             begun = checkpoint.begin(out, round)
             everyone = self._base.keys() | set(self._panel)  # a panel member keeps models it was evaluated with
             changed = {k for k in everyone if k in self._panel or self._base[k] > self._checkpointed}
-            self._ask(wire.CHECKPOINT, [Checkpoint(k, f"{begun}/{checkpoint.client_file(k)}") for k in sorted(changed)])
+            self._ask(wire.CHECKPOINT, begun, sorted(changed))
             shared = state.prefixed("shared", self._shared) | state.prefixed("selected", self._selected_shared)
             facts = {
                 "round": round,
@@ -286,14 +286,16 @@ class Federation:
         self._selection = Selection.from_json(facts["selection"])
         self._bytes, self._participation = facts["bytes"], facts["participation"]
         self._rejected, self._failed = facts["rejected"], facts["failed"]
-        folder = checkpoint.folder(self._checkpointed)
         everyone = sorted(self._base.keys() | set(self._panel))
-        self._ask(wire.RESTORE, [Checkpoint(k, f"{folder}/{checkpoint.client_file(k)}") for k in everyone])
+        self._ask(wire.RESTORE, checkpoint.folder(self._checkpointed), everyone)
         self._progress.start_at(self._checkpointed)
 
-    def _ask(self, kind: str, requests: Sequence[Checkpoint]) -> None:
-        """Have clients write or read their states. Raises FederationError where one cannot."""
-        messages = [Message(wire.pack_checkpoint(r), self._nodes[r.client], kind) for r in requests]
+    def _ask(self, kind: str, folder: str, clients: Sequence[int]) -> None:
+        """Have clients write or read their states in a folder. Raises FederationError where one cannot."""
+        messages = []
+        for k in clients:
+            asked = Checkpoint(k, self._base.get(k, 0), f"{folder}/{checkpoint.client_file(k)}")
+            messages.append(Message(wire.pack_checkpoint(asked), self._nodes[k], kind))
         replies = list(self._grid.send_and_receive(messages, timeout=self._config.federation.deadline))
         if failed := [reply.error.reason for reply in replies if reply.has_error()]:
             raise FederationError(f"{kind}: {failed[0]}")
@@ -334,7 +336,7 @@ class Federation:
         messages = []
         for client in sorted(self._base):
             measured = self._config.evaluation.every > 0 and client in self._panel
-            farewell = Farewell(client, self._selection.round, last, measured)
+            farewell = Farewell(client, self._base[client], self._selection.round, last, measured)
             messages.append(Message(wire.pack_farewell(farewell), self._nodes[client], wire.FINISH))
         reports = []
         deadline = self._config.federation.deadline

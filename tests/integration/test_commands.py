@@ -183,7 +183,9 @@ def test_help_imports_nothing_heavy(module):
         f"except SystemExit: pass\n"
         f"print(sorted({{'torch', 'flwr', 'ray', 'numpy', 'pydantic', 'scipy', 'sklearn'}} & set(sys.modules)))"
     )
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
+    )
     assert "--rounds" in shown.stdout
     assert shown.stdout.endswith("[]\n"), shown.stdout[-200:]
 

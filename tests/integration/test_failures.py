@@ -68,6 +68,26 @@ def test_a_raised_and_a_rejected_update_leave_the_same_bytes(tmp_path):
     assert len({run["models_sha256"] for run in runs}) == 1
 
 
+def test_a_failure_in_the_last_message_leaves_the_last_accepted_state(tmp_path):
+    """Client 0's enhancement fails as it is flushed: its last model is that of its last accepted reply."""
+    flushing = ("learner.misbehaves={'126': raise}", "federation.tolerate_failures=true", "federation.rounds=3")
+    uneven = (*(a for a in UNEVEN if "joint_fraction" not in a), "strategy.joint_fraction=0.8", *flushing)
+    summary = federate(tmp_path / "run", base=uneven)
+    assert [(entry["round"], entry["client"]) for entry in summary["failed"]] == [(4, 0)]
+    tensors, about = state.load(tmp_path / "run" / "clients" / "0" / "last.safetensors")
+    assert tensors["weights/private.v"].item() == 3 * 2 * 17 + 2 * 2 * 4
+    assert about["round"] == 3
+
+
+def test_a_rejected_client_is_checkpointed_as_it_was_last_accepted(tmp_path):
+    assignments = (f"learner.misbehaves={{'{IN_ROUND_2}': nan once}}", "federation.tolerate_failures=true")
+    for name, every in (("often", 1), ("never", 0)):
+        once = f"learner.once={tmp_path / name}.once"
+        federate(tmp_path / name, *assignments, once, f"federation.checkpoint_every={every}", base=UNEVEN)
+    often, never = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("often", "never"))
+    assert often["models_sha256"] == never["models_sha256"]
+
+
 def test_a_round_with_too_few_good_updates_does_not_stand(tmp_path):
     broken = "learner.misbehaves={'80': raise}"  # clients 1 and 2 in round 2
     with pytest.raises(FederationError, match="round 2: 1 good updates, expected at least 2"):

@@ -7,7 +7,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
 from fedxmr import wire
-from fedxmr.messages import Farewell, Registration, Report, Task, Update
+from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Update
 from fedxmr.scaling import Moments, Scaler
 from fedxmr.types import DataSpec
 
@@ -48,7 +48,8 @@ def registration() -> Registration:
             wire.unpack_update,
         ),
         (Update(4, 1, 5, torch.tensor([5]), None, {}), wire.pack_update, wire.unpack_update),
-        (Farewell(1, 3, 40, True), wire.pack_farewell, wire.unpack_farewell),
+        (Farewell(1, 41, 3, 40, True), wire.pack_farewell, wire.unpack_farewell),
+        (Checkpoint(1, 5, "a/b"), wire.pack_checkpoint, wire.unpack_checkpoint),
         (Report(1, {"a->b": 0.5}, None, "ff"), wire.pack_report, wire.unpack_report),
     ],
 )
