@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from itertools import permutations
 
 import torch
 
 from fedxmr.errors import FederationError
-from fedxmr.messages import Registration, Update
+from fedxmr.evaluation import key
+from fedxmr.messages import Registration, Task, Update
 from fedxmr.types import State
 
 
@@ -38,36 +40,45 @@ def check_registrations(registrations: Sequence[Registration], clients: int, ini
         raise FederationError("\n".join(wrong))
 
 
-def find_fault(update: Update, asked_round: int, registration: Registration, expected: State, fit: bool) -> str | None:
+def find_fault(update: Update, task: Task, registration: Registration, expected: State) -> str | None:
     """Why an update must not count, or None where it may.
 
-    expected: the names this client owns, with the shapes and types they have. fit: whether it was asked to train.
+    task: what the client was asked to do. expected: the names it owns, with the shapes and types they have.
     """
-    return next(_faults(update, asked_round, registration, expected, fit), None)
+    return next(_faults(update, task, registration, expected), None)
 
 
-def _faults(update: Update, asked_round: int, registration: Registration, expected: State, fit: bool) -> Iterator[str]:
+def _faults(update: Update, task: Task, registration: Registration, expected: State) -> Iterator[str]:
     if update.client != registration.client:
         yield f"answers as client {update.client}"
-    if update.round != asked_round:
-        yield f"answers for round {update.round}, asked was round {asked_round}"
+    if update.round != task.round:
+        yield f"answers for round {update.round}, asked was round {task.round}"
     if update.n != registration.n:
         yield f"says {update.n} training items, registered were {registration.n}"
     if not torch.equal(update.class_counts, registration.class_counts):
         yield "says other class counts than it registered"
-    for scores in (update.validation, update.test):
-        for direction, score in (scores or {}).items():
-            if not 0 <= score <= 1:
-                yield f"mAP {direction} of {score}, expected 0 to 1"
+    yield from _score_faults(update, task, registration)
     if update.loss is None:
         if update.shared:
             yield f"arrays {', '.join(sorted(update.shared))} without a loss"
         return
-    if not fit:
+    if not task.fit:
         yield "trained without being asked to"
     if not (math.isfinite(update.loss) and update.loss >= 0):
         yield f"loss {update.loss}, expected finite and >= 0"
     yield from _array_faults(update.shared, expected)
+
+
+def _score_faults(update: Update, task: Task, registration: Registration) -> Iterator[str]:
+    if task.evaluate != (update.validation is not None):
+        yield "brings scores that were not asked for" if update.validation else "lacks the scores it was asked for"
+    directions = {key(direction) for direction in permutations(registration.spec.dims, 2)} | {"average"}
+    for scores in (update.validation, update.test):
+        if scores is not None and scores.keys() != directions:
+            yield f"scores of {', '.join(sorted(scores))}, expected {', '.join(sorted(directions))}"
+        for direction, score in (scores or {}).items():
+            if not 0 <= score <= 1:
+                yield f"mAP {direction} of {score}, expected 0 to 1"
 
 
 def _array_faults(shared: State, expected: State) -> Iterator[str]:

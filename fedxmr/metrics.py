@@ -1,14 +1,14 @@
 """How well a ranking of the gallery answers the queries: mAP, Recall@K, nDCG@K and curves, in chunks, on the device.
 
-One meaning for all of them. The whole gallery is ranked by score, higher first, and items with equal scores stand in one
-seeded order of the gallery, the same for every method: the order in which the gallery is stored would reward a collapsed
-model wherever the items are sorted by class. 0.0 and -0.0 are equal. An item is relevant if it shares a label with the
-query. Queries with nothing relevant in the gallery are left out of the means, and counted.
+One meaning for all of them. The whole gallery is ranked by score, higher first, and items with equal scores stand in
+one seeded order of the gallery, the same for every method: the order in which the gallery is stored would reward a
+collapsed model wherever the items are sorted by class. 0.0 and -0.0 are equal. An item is relevant if it shares a label
+with the query. Queries with nothing relevant in the gallery are left out of the means, and counted.
 
 Sources: average precision and interpolated precision as in Manning, Raghavan, Schuetze, "Introduction to Information
 Retrieval" (2008), section 8.4; nDCG as in Jaervelin and Kekaelaeinen (TOIS 2002), with linear gain and log2(rank + 1).
-Departs from the authors of the learners: multi-label codes of DSCMR and FedCMR cut the ranking at the number of queries,
-which is the gallery only where the two are equal; single-label ones count a query with nothing relevant as 0.
+Departs from the authors of the learners: the multi-label code of DSCMR and FedCMR cuts the ranking at the number of
+queries, which is the gallery only where the two are equal; single-label code counts a query with nothing relevant as 0.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Scores = Callable[[slice], Tensor]
 """Gives the scores [b, g] of the queries in a slice, floating point, against the whole gallery; higher is closer."""
 
 ApVariant = Literal["standard", "dlsl"]
-"""`dlsl` divides by rank + 1, as the DLSL authors' main.m does by mistake: a hit at rank 1 counts .5. For their tables."""
+"""`dlsl` divides by rank + 1 as the DLSL authors' main.m does by mistake, so that a hit at rank 1 counts .5."""
 
 WithoutRelevant = Literal["ignore", "zero"]
 """What a query with nothing relevant does to a mean: nothing, or enter it as 0."""
@@ -40,8 +40,8 @@ RECALL_LEVELS = tuple(tenth / 10 for tenth in range(11))
 CHUNK_SCORES = 1 << 22
 """About how many scores one call gives, 16 MB in float32: enough rows for an efficient matrix product."""
 
-CACHED_SCORES = 1 << 16
-"""About how many of them a CPU thread ranks at a time: the passes over 512 kB of keys stay in its cache."""
+CACHED_SCORES = 1 << 17
+"""About how many of them a CPU thread ranks at a time: the passes over 1 MB of keys stay in its cache."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,9 +56,11 @@ class Retrieval:
     precision_at: share of the top K that is relevant: the precision-scope curve.
     hit_at: share of queries with something relevant in the top K.
     ndcg_at: gain is the number of shared labels, the ideal is over the whole gallery.
-    recall_at: share of queries whose own pair is in the top K, over the `paired` queries that have one; empty without pairs.
+    recall_at: share of queries whose own pair is in the top K; over the `paired` queries that have one, whatever their
+        labels; empty without pairs.
     precision_recall: interpolated precision at the RECALL_LEVELS; None unless asked for.
-    queries: how many queries the means are over. left_out: how many have nothing relevant and are in no mean but recall_at.
+    queries: how many queries the means (but recall_at's) are over.
+    left_out: how many queries with nothing relevant are in none of them; 0 where they enter as 0.
     tied: share of the gallery whose score equals that of another item for the same query; mean over all queries.
     """
 
@@ -83,7 +85,7 @@ def relevance(query_labels: Tensor, gallery_labels: Tensor) -> Tensor:
 
 
 def tie_order(gallery_size: int, rng: Generator) -> Tensor:
-    """[g] int64 permutation of the gallery: of two items with equal scores, the one that comes first in it ranks higher."""
+    """[g] int64 permutation of the gallery: of two items with equal scores, the one that comes first ranks higher."""
     return torch.randperm(gallery_size, generator=rng, device=rng.device)
 
 
@@ -140,10 +142,11 @@ def retrieval(
     order [g] int64: how ties are broken, from `tie_order`.
     at: the Ks of mAP@K, precision@K, Hit@K, nDCG@K and, with pairs, Recall@K.
     pairs [q] int64: the gallery index of each query's own pair, -1 where it has none and is left out of Recall@K.
-    chunk: queries per call of `scores`; by default from the size of the gallery. Changes no metric by a single bit.
+    chunk: queries per call of `scores`; by default from the size of the gallery. From the same scores, any chunk gives
+        the same bits on a CPU. (A matrix product may itself round differently for another number of rows.)
 
-    Raises ValueError for an empty gallery or no queries, for shapes that do not fit, for a K below 1, for an order that is
-    no permutation, and for scores that are not floating point or contain NaN. Infinite scores are ranked.
+    Raises ValueError for an empty gallery or no queries, for shapes that do not fit, for a K below 1, for an order that
+    is no permutation, and for scores that are not floating point or contain NaN. Infinite scores are ranked.
     """
     _check_labels(query_labels, gallery_labels)
     _check_choices(at, ap_variant, without_relevant, chunk)
@@ -177,7 +180,7 @@ def retrieval(
     return _means(table, tied / (queries * size), at, has_pair, curves, without_relevant)
 
 
-# A key holds a place in the order of the scores (32 bits, best lowest), the tie rank (30 bits) and the relevance (1 bit):
+# A key holds a place in the order of the scores (32 bits, best lowest), the tie rank (30 bits) and the relevance (1):
 # once the keys of a query are sorted, they are its ranking.
 _SCORE = 1 << 31
 _LOW = _SCORE - 1
@@ -191,8 +194,10 @@ Array = TypeVar("Array", npt.NDArray[Any], Tensor)
 class _Ranked:
     """What is kept of the rankings of b queries.
 
-    top: [b, depth] int64, tie rank * 2 + relevance of the best items. tied: how many items have a score that is not unique.
-    found: [b, k] int64, the relevant items up to each of k columns. summed: [b, k] float64, their precisions' sum.
+    top: [b, depth] int64, tie rank * 2 + relevance of the best items.
+    found: [b, k] int64, how many items up to each of k ranks are relevant.
+    summed: [b, k] float64, the precision summed over these.
+    tied: how many items share their score with another, over all b queries.
     """
 
     top: Tensor
@@ -204,9 +209,9 @@ class _Ranked:
 def _rank(scores: Tensor, relevant: Tensor, order: Tensor, ranks: Tensor, columns: list[int], depth: int) -> _Ranked:
     """scores [b, g] float32 or float64, relevant [b, g] bool, ranks [g] what the precision divides by.
 
-    On a CPU all passes are NumPy's, in Python's threads, a few rows at a time. So the rows stay in the cache, the threads
-    meet once per chunk and not in every pass, and they do not compete with those of torch, which spin on after each of its
-    passes: on a busy machine that took ten times as long.
+    On a CPU all passes are NumPy's, in Python's threads, a few rows at a time. So the rows stay in the cache, the
+    threads meet once per chunk and not in every pass, and they do not compete with those of torch, which spin on after
+    each of its passes: on a busy machine that took up to five times as long.
     """
     if scores.device.type != "cpu":
         top, found, summed, tied = _read(_sorted_keys(scores, relevant, order), ranks, columns, depth)
@@ -227,9 +232,9 @@ def _rank(scores: Tensor, relevant: Tensor, order: Tensor, ranks: Tensor, column
     height = max(1, CACHED_SCORES // len(order))
     parts = [slice(start, start + height) for start in range(0, len(scores), height)]
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-        top, found, summed, tied = zip(*pool.map(rank_part, parts), strict=True)
-    whole = (torch.from_numpy(np.concatenate(x)) for x in (top, found, summed))
-    return _Ranked(*whole, sum(tied))
+        tops, founds, sums, ties = zip(*pool.map(rank_part, parts), strict=True)
+    joined = [torch.from_numpy(np.concatenate(x)) for x in (tops, founds, sums)]
+    return _Ranked(joined[0], joined[1], joined[2], sum(ties))
 
 
 def _sorted_keys(scores: Tensor, relevant: Tensor, order: Tensor) -> Tensor:
@@ -291,7 +296,7 @@ def _measure_hits(ranked: _Ranked, last: list[int]) -> dict[str, Tensor]:
 
 
 def _interpolated_precision(hit: Tensor) -> Tensor:
-    """hit [b, g] int64 by rank -> [b, 11] float64: the best precision at any rank that reaches each of RECALL_LEVELS."""
+    """hit [b, g] int64 by rank -> [b, 11] float64: the best precision of the ranks that reach each of RECALL_LEVELS."""
     found = hit.cumsum(1)
     best_from_here = (found / _ranks(hit)).flip(1).cummax(1).values.flip(1)
     tenths = torch.arange(len(RECALL_LEVELS), device=hit.device)
@@ -300,7 +305,7 @@ def _interpolated_precision(hit: Tensor) -> Tensor:
 
 
 def _ndcg(shared: Tensor, top: Tensor, last: list[int]) -> Tensor:
-    """shared [b, g] labels in common, top [b, k] gallery items by rank -> [b, len(last)] float64, 0 without an ideal."""
+    """shared [b, g] labels in common, top [b, k] gallery items by rank -> [b, len(last)] float64; 0 for 0 / 0."""
     discount = _ranks(top, 1).log2()
     gain = shared.gather(1, top).double()
     ideal = shared.float().topk(top.shape[1]).values.double()
@@ -352,7 +357,7 @@ def _ranks(by_rank: Tensor, offset: int = 0) -> Tensor:
 
 
 def _label_forms(query_labels: Tensor, gallery_labels: Tensor) -> tuple[Tensor, Tensor]:
-    """What `_shared` compares: class numbers [q] and [g] if nobody has two labels, which is faster; else [q, C], [g, C]."""
+    """What `_shared` compares: class numbers [q], [g] if nobody has two labels (faster), else [q, C], [g, C] float."""
     forms = []
     for labels, no_class in ((query_labels, -1), (gallery_labels, -2)):  # two without a label have none in common
         if not labels.shape[1] or labels.sum(1).max() > 1:

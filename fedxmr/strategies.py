@@ -110,11 +110,11 @@ class Contribution:
 
 
 def client_weights(config: StrategyConfig, contributions: Sequence[Contribution]) -> Tensor:
-    """The weight q of each contribution, [K] float64, summing to one."""
+    """The weight q of each contribution, [K] float64, summing to one; of none, none."""
     n = torch.tensor([c.n for c in contributions], dtype=torch.float64)
     match config.weigh:
         case "uniform":
-            return torch.full_like(n, 1 / len(n))
+            return torch.full_like(n, 1 / max(len(n), 1))
         case "examples":
             return n / n.sum()
         case "gompertz":

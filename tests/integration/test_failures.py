@@ -30,8 +30,8 @@ IN_ROUND_2 = "84"
     ("how", "says"),
     [
         ("raise", "client 0 failed in round 2: RuntimeError: the toy broke"),
-        ("nan", "client 0's update of round 2 was rejected: shared.w: not finite"),
-        ("negative", "client 0's update of round 2 was rejected: loss -1.0, expected finite and >= 0"),
+        ("nan", "client 0 was rejected in round 2: shared.w: not finite"),
+        ("negative", "client 0 was rejected in round 2: loss -1.0, expected finite and >= 0"),
     ],
 )
 def test_a_failure_ends_the_run_naming_client_round_and_reason(tmp_path, how, says):
@@ -140,16 +140,18 @@ def test_an_evaluation_on_a_copy_leaves_the_training_state_as_it_was():
     assert equal(one.take_part(Task(4, 0, 1, w)), other.take_part(Task(4, 0, 1, w)))
 
 
-SPEC = DataSpec({"image": 4}, 2)
+SPEC = DataSpec({"image": 4, "text": 2}, 2)
 REGISTERED = Registration(1, 10, torch.tensor([4, 6]), SPEC, ("image",), {}, {"torch": "1"}, "aa")
+TASK = Task(3, 1, 2, {})
+SCORES = {"image->text": 0.5, "text->image": 0.25, "average": 0.375}
 GOOD = Update(3, 1, 10, torch.tensor([4, 6]), 0.5, {"w": torch.ones(2, 3), "b": torch.ones(3)})
 EXPECTED = {"w": torch.zeros(2, 3), "b": torch.zeros(3)}
 
 
 def test_a_good_update_and_an_abstention_have_no_fault():
-    assert find_fault(GOOD, 3, REGISTERED, EXPECTED, True) is None
+    assert find_fault(GOOD, TASK, REGISTERED, EXPECTED) is None
     abstains = dataclasses.replace(GOOD, loss=None, shared={})
-    assert find_fault(abstains, 3, REGISTERED, EXPECTED, True) is None
+    assert find_fault(abstains, TASK, REGISTERED, EXPECTED) is None
 
 
 @pytest.mark.parametrize(
@@ -171,16 +173,37 @@ def test_a_good_update_and_an_abstention_have_no_fault():
         ({"shared": {**GOOD.shared, "b": torch.ones(3).double()}}, "float64"),
         ({"shared": {**GOOD.shared, "b": torch.tensor([1, float("nan"), 1])}}, "b: not finite"),
         ({"shared": {**GOOD.shared, "b": torch.tensor([1, float("inf"), 1])}}, "b: not finite"),
-        ({"validation": {"image->text": 1.5}}, "mAP image->text of 1.5"),
-        ({"validation": {"image->text": float("nan")}}, "mAP image->text of nan"),
+        ({"validation": SCORES}, "scores that were not asked for"),
     ],
 )
 def test_a_bad_update_is_named(change, says):
-    fault = find_fault(dataclasses.replace(GOOD, **change), 3, REGISTERED, EXPECTED, True)
+    fault = find_fault(dataclasses.replace(GOOD, **change), TASK, REGISTERED, EXPECTED)
     assert fault is not None
     import re
 
     assert re.search(says, fault), fault
+
+
+@pytest.mark.parametrize(
+    ("scores", "says"),
+    [
+        (None, "lacks the scores it was asked for"),
+        ({**SCORES, "image->text": 1.5}, "mAP image->text of 1.5"),
+        ({**SCORES, "average": float("nan")}, "mAP average of nan"),
+        ({"image->text": 0.5}, "scores of image->text, expected average, image->text, text->image"),
+    ],
+)
+def test_bad_scores_are_named(scores, says):
+    asked = dataclasses.replace(TASK, evaluate=True)
+    assert find_fault(dataclasses.replace(GOOD, validation=SCORES), asked, REGISTERED, EXPECTED) is None
+    fault = find_fault(dataclasses.replace(GOOD, validation=scores), asked, REGISTERED, EXPECTED)
+    assert fault is not None
+    assert says in fault
+
+
+def test_training_that_was_not_asked_for_is_refused():
+    asked = dataclasses.replace(TASK, fit=False)
+    assert find_fault(GOOD, asked, REGISTERED, EXPECTED) == "trained without being asked to"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +212,10 @@ def test_a_bad_update_is_named(change, says):
         ([], "client 0: did not register"),
         ([{"client": 1}], "client 1: claimed by 2 nodes"),
         ([{"client": 7}], "client 7: expected an id from 0 to 1"),
-        ([{"client": 0, "spec": DataSpec({"image": 5}, 2)}], "client 1: feature widths: expected {'image': 5}"),
+        (
+            [{"client": 0, "spec": DataSpec({"image": 5, "text": 2}, 2)}],
+            "client 1: feature widths: expected {'image': 5",
+        ),
         ([{"client": 0, "versions": {"torch": "2"}}], "client 1: versions"),
         ([{"client": 0, "initial_sha256": "bb"}], "client 0: seeded initial state: expected aa, got bb"),
         ([{"client": 0, "n": 0}], "client 0: expected items"),

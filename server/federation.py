@@ -1,0 +1,256 @@
+"""The round loop.
+
+Round t's message carries W_{t-1} and brings back W_t^k together with the scores of round t-1; one more message flushes
+the last merge and enhancement. Nothing counts before it is checked, and every failure is named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from flwr.app import Message
+
+from fedxmr import checkpoint, state, wire
+from fedxmr.checks import check_registrations, find_fault
+from fedxmr.config import Config
+from fedxmr.errors import FederationError
+from fedxmr.evaluation import mean_scores
+from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Update
+from fedxmr.participation import evaluated, panel, sampled
+from fedxmr.progress import Progress
+from fedxmr.recording import Recorder, write_json
+from fedxmr.rounds import build_learner, initial_state, owned_names
+from fedxmr.scaling import Scaler, combine_moments
+from fedxmr.strategies import Contribution, client_weights, combine, shared_names
+from fedxmr.summary import summarise
+from fedxmr.timing import clock
+from fedxmr.types import State
+from server.nodes import Nodes
+from server.standing import Incident, Standing
+
+
+class Federation:
+    """A run as the server sees it: who is there, what may be expected of each, and how far it has come."""
+
+    def __init__(
+        self, config: Config, nodes: Nodes, recorder: Recorder, progress: Progress, standing: Standing
+    ) -> None:
+        """standing: new, or that of the checkpoint to go on from."""
+        self._config = config
+        self._nodes = nodes
+        self._recorder = recorder
+        self._progress = progress
+        self._standing = standing
+        self._panel = panel(config)
+        self._registered: dict[int, Registration] = {}
+        self._expected: dict[int, State] = {}
+        self._by_class: frozenset[str] = frozenset()
+        self._scaler = Scaler({}, {})
+
+    def run(self) -> None:
+        """The whole run, or the rest of it: register, T rounds, flush, farewell."""
+        last = self._config.federation.rounds
+        every = self._config.federation.checkpoint_every
+        with clock.part("start_up"):
+            self._start()
+        for round in range(self._standing.round + 1, last + 1):
+            self._round(round)
+            if every and round % every == 0:
+                self._checkpoint()
+        self._flush(last + 1)
+        self._finish(last)
+
+    def _start(self) -> None:
+        """Ask every node who it is; agree on the initial state and the standardisation; go back to a checkpoint."""
+        config, resumed = self._config, self._standing.round > 0
+        registrations = self._nodes.register()
+        spec = registrations[0].spec
+        learner = build_learner(config, spec, torch.device("cpu"), None)
+        names = shared_names(config.strategy, learner)
+        initial = initial_state(config, spec)
+        shared = {name: initial[name] for name in sorted(names)}
+        check_registrations(registrations, config.federation.clients, state.sha256(shared))
+        self._by_class = learner.by_class
+        for r in registrations:
+            self._registered[r.client] = r
+            self._expected[r.client] = {n: initial[n] for n in sorted(owned_names(names, learner, r.held))}
+        if config.federation.standardise == "federated":
+            self._scaler = _common_scaler(registrations)
+        if resumed:
+            self._ask_for_states(wire.RESTORE, checkpoint.folder(self._standing.round), self._everyone())
+            self._progress.start_at(self._standing.round)
+        else:
+            self._standing.shared = shared
+
+    def _round(self, round: int) -> None:
+        """One round: a task for every sampled client, and their updates combined into W_t."""
+        standing, strategy = self._standing, self._config.strategy
+        chosen = sampled(self._config, round)
+        standing.participation[str(round)] = chosen
+        stood = [update for update in self._exchange(round, chosen, fit=True) if update.client in chosen]
+        quorum = self._config.federation.quorum
+        if len(stood) < quorum:
+            raise FederationError(f"round {round}: {len(stood)} good updates, expected at least {quorum}")
+        with clock.part("aggregation"):
+            contributions = [
+                Contribution(u.client, u.n, u.class_counts, u.loss, u.shared) for u in stood if u.loss is not None
+            ]
+            weights = client_weights(strategy, contributions)
+            standing.shared = combine(standing.shared, contributions, weights, self._by_class, strategy.server_step)
+        standing.round = round
+        self._record(round, contributions, weights.tolist())
+
+    def _flush(self, round: int) -> None:
+        """The last message: every client that took part, and the panel, merges W_T, enhances and is evaluated."""
+        self._exchange(round, self._everyone(), fit=False)
+        self._recorder.write_up_to(round)
+
+    def _everyone(self) -> list[int]:
+        """The clients that have taken part and the panel, which holds models it was evaluated with."""
+        return sorted(self._standing.base.keys() | set(self._panel))
+
+    def _exchange(self, round: int, chosen: Sequence[int], *, fit: bool) -> list[Update]:
+        """Send the tasks of a round's message, and return what counts of the answers, by client.
+
+        Scores of the round before are taken note of. Panel members that are not chosen are evaluated on a copy.
+        """
+        watched = self._panel if evaluated(self._config, round - 1) else []
+        tasks = [self._task(round, k, fit=fit, keep=True, evaluate=k in watched) for k in chosen]
+        tasks += [self._task(round, k, fit=False, keep=False, evaluate=True) for k in watched if k not in chosen]
+        with clock.part("messages"):
+            shared = wire.pack_arrays(self._standing.shared)
+            contents = {task.client: wire.pack_task(task, shared) for task in tasks}
+            for task in tasks:
+                self._count("down", task, wire.payload(contents[task.client]))
+            replies = self._nodes.exchange(wire.TRAIN, contents, round)
+        updates = []
+        for task in sorted(tasks, key=lambda task: task.client):
+            update = self._accept(task, replies.get(task.client))
+            if update is not None:
+                updates.append(update)
+                if task.keep:
+                    self._standing.base[task.client] = round
+        self._score(round - 1, updates)
+        return updates
+
+    def _task(self, round: int, client: int, *, fit: bool, keep: bool, evaluate: bool) -> Task:
+        standing = self._standing
+        base = standing.base.get(client, 0)
+        scaler = self._scaler if base == 0 else None
+        return Task(round, client, base, standing.shared, fit, keep, evaluate, standing.selection.round, scaler)
+
+    def _accept(self, task: Task, reply: Message | None) -> Update | None:
+        """The update in a reply, if it may count. A failure or a rejection is noted, and ends a strict run."""
+        if reply is None or reply.has_error():
+            late = f"no answer within {self._config.federation.deadline:g} s"
+            self._note(self._standing.failed, task, "failed", late if reply is None else str(reply.error.reason))
+            return None
+        self._count("up", task, wire.payload(reply.content))
+        try:
+            update = wire.unpack_update(reply.content)
+            fault = find_fault(update, task, self._registered[task.client], self._expected[task.client])
+        except wire.WireError as error:
+            fault = str(error)
+        if fault is not None:
+            self._note(self._standing.rejected, task, "was rejected", fault)
+            return None
+        self._recorder.time(task.round, task.client, update.seconds)
+        return update
+
+    def _note(self, incidents: list[Incident], task: Task, what: str, reason: str) -> None:
+        incidents.append({"round": task.round, "client": task.client, "reason": reason})
+        line = f"client {task.client} {what} in round {task.round}: {reason}"
+        if not self._config.federation.tolerate_failures:
+            raise FederationError(line)
+        self._progress.say(line)
+
+    def _count(self, way: str, task: Task, size: int) -> None:
+        """Bytes of the flushing message belong to the last round."""
+        self._standing.bytes[way] += size
+        self._recorder.note(min(task.round, self._config.federation.rounds), task.client, **{f"bytes_{way}": size})
+
+    def _score(self, round: int, updates: Sequence[Update]) -> None:
+        """Record the scores of a round's models and see whether the round leads; then the round's records are whole."""
+        validation = {u.client: u.validation for u in updates if u.validation is not None}
+        test = {u.client: u.test for u in updates if u.test is not None}
+        for part, by_client in (("validation", validation), ("test", test)):
+            for client, scores in by_client.items():
+                self._recorder.note(round, client, **{part: scores})
+        if validation:
+            if self._standing.selection.offer(round, validation, test):
+                self._standing.selected_shared = self._standing.shared
+            mean = mean_scores(list(validation.values()))
+            self._progress.scored(mean["average"])
+            for who, scores in {"mean": mean, **{f"client {k}": s for k, s in validation.items()}}.items():
+                self._recorder.scalars(round, {f"validation/{who}/{d}": score for d, score in scores.items()})
+        self._recorder.write_up_to(round)
+
+    def _record(self, round: int, contributions: Sequence[Contribution], weights: Sequence[float]) -> None:
+        """What the round's training gave, for the records, TensorBoard and the progress bar."""
+        for contribution, weight in zip(contributions, weights, strict=True):
+            client, loss = contribution.client, contribution.loss
+            self._recorder.note(round, client, loss=loss, weight=weight)
+            if client in self._panel:
+                self._recorder.scalars(round, {f"loss/client {client}": loss, f"weight/client {client}": weight})
+        seconds = clock.seconds()
+        self._recorder.scalars(round, {f"bytes/{way}": size for way, size in self._standing.bytes.items()})
+        self._recorder.scalars(round, {f"seconds/{part}": spent for part, spent in seconds.items()})
+        self._recorder.time(round, None, seconds)
+        self._progress.trained(round, fmean(c.loss for c in contributions) if contributions else None)
+
+    def _checkpoint(self) -> None:
+        """Write the server's standing and every client's state; a client that did nothing since the last is linked."""
+        standing, out = self._standing, self._recorder.out
+        with clock.part("state"):
+            before = max(checkpoint.rounds(out), default=0)
+            everyone = self._everyone()
+            changed = [k for k in everyone if k in self._panel or standing.base[k] > before]
+            self._ask_for_states(wire.CHECKPOINT, checkpoint.begin(out, standing.round), changed)
+            unchanged = sorted(set(everyone) - set(changed))
+            facts = standing.facts(self._recorder.position())
+            checkpoint.complete(out, standing.round, standing.tensors(), facts, unchanged, before)
+
+    def _ask_for_states(self, kind: str, folder: str, clients: Sequence[int]) -> None:
+        """Have clients write their states into a folder of the run folder, or go back to the ones there."""
+        asked = {
+            k: Checkpoint(k, self._standing.base.get(k, 0), f"{folder}/{checkpoint.client_file(k)}") for k in clients
+        }
+        contents = {k: wire.pack_checkpoint(checkpoint) for k, checkpoint in asked.items()}
+        self._nodes.ask(kind, contents, self._standing.round)
+
+    def _finish(self, last: int) -> None:
+        """Tell every client which round was selected, gather the test scores, and write what the server holds."""
+        standing, out = self._standing, self._recorder.out
+        reports = self._say_farewell(last)
+        with clock.part("state"):
+            if selected := standing.selection.round:
+                state.save(out / "shared-selected.safetensors", standing.selected_shared, {"round": selected})
+            state.save(out / "shared-last.safetensors", standing.shared, {"round": last})
+        summary = summarise(
+            self._config,
+            standing.selection,
+            reports,
+            bytes=standing.bytes,
+            participation=standing.participation,
+            rejected=standing.rejected,
+            failed=standing.failed,
+            shared_sha256=state.sha256(standing.shared),
+        )
+        write_json(out / "summary.json", summary)
+
+    def _say_farewell(self, last: int) -> list[Report]:
+        """The reports of all clients that took part, by client."""
+        farewells = {
+            k: Farewell(k, base, self._standing.selection.round, last, evaluate=k in self._panel)
+            for k, base in sorted(self._standing.base.items())
+        }
+        contents = {k: wire.pack_farewell(farewell) for k, farewell in farewells.items()}
+        return [wire.unpack_report(content) for content in self._nodes.ask(wire.FINISH, contents, last).values()]
+
+
+def _common_scaler(registrations: Sequence[Registration]) -> Scaler:
+    """The standardisation of the pooled features, from every client's moments, in client order."""
+    modalities = sorted({m for r in registrations for m in r.moments})
+    return Scaler.of({m: combine_moments([r.moments[m] for r in registrations if m in r.moments]) for m in modalities})

@@ -1,0 +1,60 @@
+"""What the server knows between two rounds; a checkpoint holds exactly this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedxmr import checkpoint
+from fedxmr.selection import Selection
+from fedxmr.state import prefixed, under
+from fedxmr.types import State
+
+Incident = dict[str, Any]
+"""A failure or a rejection: round, client, reason."""
+
+
+@dataclass
+class Standing:
+    """How far a federation has come.
+
+    round: the last that stood. shared: W_t. base: client -> the round of its last accepted reply.
+    selected_shared: W of the round that leads on validation. records: where the recorder stood, at a checkpoint.
+    """
+
+    round: int = 0
+    shared: State = field(default_factory=dict)
+    selected_shared: State = field(default_factory=dict)
+    base: dict[int, int] = field(default_factory=dict)
+    selection: Selection = field(default_factory=Selection)
+    bytes: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
+    participation: dict[str, list[int]] = field(default_factory=dict)
+    rejected: list[Incident] = field(default_factory=list)
+    failed: list[Incident] = field(default_factory=list)
+    records: dict[str, Any] | None = None
+
+    def tensors(self) -> State:
+        """The arrays of a checkpoint."""
+        return prefixed("shared", self.shared) | prefixed("selected", self.selected_shared)
+
+    def facts(self, records: dict[str, Any]) -> dict[str, Any]:
+        """All else of a checkpoint, as JSON."""
+        return {
+            "round": self.round,
+            "base": self.base,
+            "selection": self.selection.to_json(),
+            "bytes": self.bytes,
+            "participation": self.participation,
+            "rejected": self.rejected,
+            "failed": self.failed,
+            "records": records,
+        }
+
+    @classmethod
+    def newest(cls, out: Path) -> Standing:
+        """That of the newest checkpoint in a run folder. Raises InputError where there is none or it is damaged."""
+        tensors, facts = checkpoint.newest(out)
+        facts["base"] = {int(client): round for client, round in facts["base"].items()}
+        facts["selection"] = Selection.from_json(facts["selection"])
+        return cls(shared=under("shared", tensors), selected_shared=under("selected", tensors), **facts)
