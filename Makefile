@@ -25,8 +25,8 @@ check: $(READY)  ## lint, format and types
 	$(VENV) -m ruff format --check
 	$(VENV) -m mypy
 
-figures: $(READY)  ## draw the README's figures
-	$(VENV) -m fedxmr.figures $(ARGS)
+figures: $(READY)  ## run the README's experiment, or what is missing of it, and draw its figures
+	$(VENV) -m fedxmr.reproduce experiments/wikipedia.yaml --figures experiments/figures $(ARGS)
 
 # No stamp: start from an empty .venv. An outdated one: bring the packages up to date in place.
 # The two variables pin the isolated build too: older pips read the first for it, pip 25.3 and later the second.
@@ -57,4 +57,4 @@ lock-check:  ## see that constraints.txt resolves for PYTHON, installing nothing
 
 clean:  ## remove .venv, caches and build files; runs/ stays
 	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find fedxmr clients server tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
+	find fedxmr clients server tests -name __pycache__ -prune -exec rm -rf {} +

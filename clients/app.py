@@ -16,7 +16,9 @@ from fedxmr import sources, wire
 from fedxmr.config import Config
 from fedxmr.machine import cores
 from fedxmr.models import save_models
-from fedxmr.rounds import Client, Setting, Snapshot
+from fedxmr.rounds import Client
+from fedxmr.setting import Setting
+from fedxmr.snapshot import Snapshot
 from fedxmr.timing import clock
 
 app = ClientApp()

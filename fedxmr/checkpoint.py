@@ -3,8 +3,8 @@
     checkpoint/round-10/server.safetensors      shared arrays, and all the server knows besides
     checkpoint/round-10/client-0.safetensors    one for every client that has taken part
 
-A checkpoint is written beside its place and renamed; the newest two are kept. A state that has not changed since the one
-before is linked, not written again.
+A checkpoint is written beside its place and renamed; the newest two are kept. A state that has not changed since the
+one before is linked, not written again.
 """
 
 from __future__ import annotations
@@ -65,4 +65,8 @@ def newest(out: Path) -> tuple[State, dict[str, Any]]:
     """The server's state and facts of the newest checkpoint. Raises InputError where there is none or it is damaged."""
     if not (found := rounds(out)):
         raise InputError(f"{out}: has no checkpoint to resume from")
-    return state.load(out / folder(found[-1]) / "server.safetensors")
+    try:
+        return state.load(out / folder(found[-1]) / "server.safetensors")
+    except InputError as error:
+        older = f"; to go on from round {found[-2]}, remove {out / folder(found[-1])}" if len(found) > 1 else ""
+        raise InputError(f"{error}{older}") from error

@@ -32,7 +32,7 @@ from fedxmr.strategies import StrategyConfig, preset
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class _Named(_Section):
@@ -160,6 +160,13 @@ class RuntimeConfig(_Section):
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
 
 
+_NAMED = {
+    section: str(model.model_fields["name"].default)
+    for section, model in (("dataset", DatasetConfig), ("learner", LearnerConfig), ("strategy", StrategyConfig))
+}
+"""The sections that choose something by name, and what they choose by default."""
+
+
 class Config(_Section):
     """One run."""
 
@@ -167,7 +174,7 @@ class Config(_Section):
     dataset: DatasetConfig = Field(default_factory=lambda: DatasetConfig.model_validate({}))
     partition: PartitionConfig = Field(default_factory=PartitionConfig)
     federation: FederationConfig = Field(default_factory=FederationConfig)
-    strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(**preset("fedcmr")))
+    strategy: StrategyConfig = Field(default_factory=StrategyConfig)
     learner: LearnerConfig = Field(default_factory=lambda: LearnerConfig.model_validate({}))
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
@@ -178,12 +185,9 @@ class Config(_Section):
         """A strategy's name brings its choices, a bare name stands for a section with that name."""
         if not isinstance(value, Mapping):
             return value
-        value = {**value}
-        for section in ("dataset", "learner", "strategy"):
-            if isinstance(value.get(section), str):
-                value[section] = {"name": value[section]}
+        value = _spelt_out(value)
         if isinstance(chosen := value.get("strategy"), Mapping):
-            value["strategy"] = {**preset(str(chosen.get("name", "fedcmr"))), **chosen}
+            value["strategy"] = {**preset(str(chosen.get("name", _NAMED["strategy"]))), **chosen}
         return value
 
     def to_yaml(self) -> str:
@@ -248,15 +252,26 @@ def nested(dotted: str, value: Any) -> dict[str, Any]:
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with `over` laid on top, section by section. Another name in a section starts that section anew."""
+    """`base` with `over` laid on top, key by key. Another data set, learner or strategy starts its section anew."""
+    base, over = _spelt_out(base), _spelt_out(over)
+    result = _laid_over(base, over)
+    for section in _NAMED.keys() & over.keys() & base.keys():
+        if "name" in over[section] and over[section]["name"] != base[section].get("name", _NAMED[section]):
+            result[section] = over[section]
+    return result
+
+
+def _spelt_out(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """A bare name stands for a section with that name."""
+    return {k: {"name": v} if k in _NAMED and isinstance(v, str) else v for k, v in tree.items()}
+
+
+def _laid_over(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         old = result.get(key)
-        if isinstance(old, str) and isinstance(value, Mapping) and key in ("dataset", "learner", "strategy"):
-            old = {"name": old}
         if isinstance(value, Mapping) and isinstance(old, Mapping):
-            renamed = "name" in value and value["name"] != old.get("name")
-            result[key] = dict(value) if renamed else merged(old, value)
+            result[key] = _laid_over(old, value)
         else:
             result[key] = value
     return result

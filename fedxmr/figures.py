@@ -46,8 +46,7 @@ def curve(run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rounds = np.array(sorted(moved))
     total = np.cumsum([moved[r] for r in rounds]) / run.config.federation.clients
     shown = np.isin(rounds, list(scores))
-    shares = run.config.strategy.share != "nothing"
-    return rounds[shown], total[shown] * shares, np.array([np.mean(scores[r]) for r in rounds[shown]])
+    return rounds[shown], total[shown], np.array([np.mean(scores[r]) for r in rounds[shown]])
 
 
 def _figure(x: str, title: str) -> Figure:

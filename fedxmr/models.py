@@ -11,12 +11,24 @@ import torch
 from torch import Tensor
 
 from fedxmr import state
-from fedxmr.config import Config, read_yaml, resolve
+from fedxmr.config import LearnerConfig, read_yaml
 from fedxmr.errors import InputError
 from fedxmr.machine import choose_device
-from fedxmr.rounds import Model, build_learner
 from fedxmr.scaling import Scaler, scale
+from fedxmr.setting import build_learner
 from fedxmr.types import DataSpec, Items, Learner, State
+
+
+@dataclass(frozen=True)
+class Model:
+    """A client's trained model, and what it takes to feed it raw features: the spec and the scaling."""
+
+    client: int
+    round: int
+    weights: State
+    spec: DataSpec
+    scaler: Scaler
+    scaling: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -73,7 +85,8 @@ def load(
     Raises InputError for a folder, a client or a model that is not there, or a damaged file.
     """
     run = Path(run)
-    config = resolve(read_yaml(run / "config.yaml"))
+    # the learner alone: the data need not be where they were
+    config = LearnerConfig.model_validate(read_yaml(run / "config.yaml").get("learner", {}))
     path = run / "clients" / str(client) / f"{which}.safetensors"
     if not path.is_file():
         raise InputError(
@@ -83,7 +96,7 @@ def load(
     return _retriever(config, tensors, about, device)
 
 
-def _retriever(config: Config, tensors: State, about: Mapping[str, object], device: str) -> Retriever:
+def _retriever(config: LearnerConfig, tensors: State, about: Mapping[str, object], device: str) -> Retriever:
     extra = state.under("spec", tensors)
     spec = DataSpec(about["dims"], about["num_classes"], extra.get("class_vectors"), extra.get("seen"))  # type: ignore[arg-type]
     learner = build_learner(config, spec, choose_device(device), None)

@@ -37,7 +37,7 @@ Bools = npt.NDArray[np.bool_]
 class PartitionConfig(BaseModel):
     """How training items are divided among clients."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     scheme: Literal["iid", "dirichlet", "shards", "quantity", "missing-modality"] = Field(
         "iid",

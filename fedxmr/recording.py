@@ -38,7 +38,8 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
     Raises InputError where there is something already; with `overwrite` a run folder there is removed first.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        if not (overwrite and (out / "config.yaml").is_file()):
+        marks = ("config.yaml", "environment.json", "partition.npz")
+        if not (overwrite and all((out / mark).is_file() for mark in marks)):
             how = "it is no run folder" if overwrite else "pass --overwrite to replace it, or another --out"
             raise InputError(f"{out}: already exists; {how}")
         shutil.rmtree(out)

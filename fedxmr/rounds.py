@@ -9,120 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
-from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from fedxmr import __version__
-from fedxmr.config import Config
-from fedxmr.data import Dataset
-from fedxmr.errors import InputError
 from fedxmr.evaluation import evaluate
-from fedxmr.learners import learner_class
-from fedxmr.machine import choose_device
 from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
-from fedxmr.scaling import Moments, Scaler, scale
+from fedxmr.models import Model
+from fedxmr.scaling import Moments, Scaler
 from fedxmr.seeding import generator
-from fedxmr.sources import scaling
-from fedxmr.state import load, prefixed, save, sha256, under
+from fedxmr.setting import Setting, owned_names
+from fedxmr.snapshot import Snapshot
+from fedxmr.state import sha256
 from fedxmr.strategies import merge, shared_names
 from fedxmr.timing import clock
-from fedxmr.types import DataSpec, Items, Learner, Proximal, State
+from fedxmr.types import Items, Learner, Proximal, State
 
 INITIAL = 0
 """The round of the seeded initial state."""
 
 _DIRTY = -1
 """The round of a state that a task has begun to change."""
-
-
-@dataclass(frozen=True)
-class Snapshot:
-    """What a client carries from message to message: a durable state is exactly this.
-
-    round: of the reply it belongs to. before: W_0^k of the names the client owns; None when nothing waits to be merged.
-    kept: round -> weights without moments, of the leading and the newest evaluated round.
-    """
-
-    round: int
-    learner: State
-    before: State | None
-    scaler: Scaler
-    kept: Mapping[int, State]
-
-    def save(self, path: Path, client: int) -> None:
-        """Write it as one file."""
-        tensors = {**prefixed("learner", self.learner), **prefixed("scaler", self.scaler.to_state())}
-        tensors |= prefixed("before", self.before or {})
-        for round, weights in self.kept.items():
-            tensors |= prefixed(f"kept/{round}", weights)
-        waits = self.before is not None
-        save(path, tensors, {"client": client, "round": self.round, "waits": waits, "kept": list(self.kept)})
-
-    @classmethod
-    def load(cls, path: Path, client: int) -> Snapshot:
-        """What `save` wrote. Raises InputError for a damaged file or that of another client."""
-        tensors, about = load(path)
-        if about.get("client") != client:
-            raise InputError(f"{path}: expected the state of client {client}, got that of {about.get('client')}")
-        return cls(
-            round=about["round"],
-            learner=under("learner", tensors),
-            before=under("before", tensors) if about["waits"] else None,
-            scaler=Scaler.from_state(under("scaler", tensors)),
-            kept={round: under(f"kept/{round}", tensors) for round in about["kept"]},
-        )
-
-
-@dataclass(frozen=True)
-class Model:
-    """A client's trained model, and what it takes to feed it raw features: the spec and the scaling."""
-
-    client: int
-    round: int
-    weights: State
-    spec: DataSpec
-    scaler: Scaler
-    scaling: Mapping[str, str]
-
-
-class Setting:
-    """What all clients of one process share: configuration, common validation and test items, initial state."""
-
-    def __init__(self, config: Config, data: Dataset) -> None:
-        self.config = config
-        self.data = data
-        self.device = choose_device(config.runtime.device)
-        self.scaling = scaling(config, data)
-        self._scaled: tuple[Scaler, dict[str, Items]] = (Scaler({}, {}), {})
-
-    @cached_property
-    def initial(self) -> State:
-        """The seeded initial weights; not to be changed in place."""
-        return initial_state(self.config, self.data.spec)
-
-    def scale(self, items: Items, scaler: Scaler) -> Items:
-        """The items as learners see them, on the device."""
-        return scale(items, self.scaling, scaler).to(self.device)
-
-    def part(self, name: str, scaler: Scaler) -> Items:
-        """The scaled validation, test or all_test items; one copy serves all clients that scale alike."""
-        if self._scaled[0] != scaler:
-            self._scaled = (scaler, {})
-        parts = self._scaled[1]
-        if name not in parts:
-            parts[name] = self.scale(getattr(self.data, name), scaler)
-        return parts[name]
-
-    def learner(self) -> Learner:
-        """A learner whose state is loaded next."""
-        return build_learner(self.config, self.data.spec, self.device, None)
 
 
 class Client:
@@ -203,11 +112,6 @@ class Client:
         for round, weights in self.kept.items():
             found["selected"] = model(round, weights)
         return found
-
-    @property
-    def scaler(self) -> Scaler:
-        """The standardisation in use."""
-        return self._scaler
 
     def snapshot(self) -> Snapshot:
         """A copy of all that must survive; of a client that never took part, that and what it was evaluated with."""
@@ -315,7 +219,7 @@ class Client:
 
     def _standardise(self, scaler: Scaler | None) -> None:
         if self._config.federation.standardise == "client":
-            scaler = Scaler.of(self._moments())
+            scaler = Scaler.of(self._moments()).over(scaler)
         scaler = scaler or Scaler({}, {})
         if scaler != self._scaler:
             self._scaler, self._items = scaler, None
@@ -331,36 +235,13 @@ class Client:
         return {m: Moments.of(self._raw.features[m]) for m in self._raw.modalities if how[m] == "standardise"}
 
 
-def check(config: Config, data: Dataset) -> None:
-    """See that learner, strategy, scaling and device go together. Raises InputError."""
-    setting = Setting(config, data)
-    shared_names(config.strategy, setting.learner())
-
-
-def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:
-    """The shared names that a client holding these modalities trains: all but those of modalities it lacks."""
-    lacking = (names for modality, names in learner.by_modality.items() if modality not in held)
-    return shared - frozenset(chain.from_iterable(lacking))
-
-
 def divide(n: int, fraction: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """A fresh draw of ceil(fraction n) of n items, and the rest; both sorted int64."""
     drawn = torch.randperm(n, generator=rng)
-    joint = math.ceil(fraction * n)
+    joint = math.ceil(round(fraction * n, 6))  # .55 of 100 is 55, not 55.00000000000001
     return drawn[:joint].sort().values, drawn[joint:].sort().values
 
 
 def class_counts(items: Items) -> Tensor:
     """[C] int64: the items of each class."""
     return items.labels.sum(0)
-
-
-def build_learner(config: Config, spec: DataSpec, device: torch.device, rng: torch.Generator | None) -> Learner:
-    """The configured learner; rng None: for a state that is loaded next."""
-    return learner_class(config.learner.name)(config.learner.options, spec, device, rng)
-
-
-def initial_state(config: Config, spec: DataSpec) -> State:
-    """The weights, without moments, that every client and the server start from, drawn from the seed alone."""
-    learner = build_learner(config, spec, torch.device("cpu"), generator(config.seed, "initial"))
-    return learner.state(learner.trainable | learner.statistics)

@@ -67,6 +67,10 @@ class Scaler:
     def __hash__(self) -> int:
         return hash(self._digest)
 
+    def over(self, other: Scaler | None) -> Scaler:
+        """This one, and the other's where this one says nothing."""
+        return Scaler({**other.mean, **self.mean}, {**other.deviation, **self.deviation}) if other else self
+
     def to_state(self) -> State:
         """As one flat state, for a message or a file."""
         return {**prefixed("mean", self.mean), **prefixed("deviation", self.deviation)}
@@ -91,7 +95,7 @@ def scale(items: Items, scaling: Mapping[str, str], scaler: Scaler) -> Items:
     features = {}
     for modality, x in items.features.items():
         match scaling[modality]:
-            case "standardise" if modality in scaler.mean:
+            case "standardise" if modality in scaler.mean:  # not where a run's `standardise` is none
                 features[modality] = (x - scaler.mean[modality]) / scaler.deviation[modality]
             case "norm":
                 features[modality] = torch.nn.functional.normalize(x, dim=1) * ROW_NORM

@@ -1,4 +1,7 @@
-"""Which round is reported: chosen on validation, the mean over the evaluated clients, ties to the earlier round."""
+"""Which round is reported: chosen on validation, the mean over the evaluated clients, ties to the earlier round.
+
+A round that fewer clients were evaluated in than in another never leads: their means are not comparable.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,10 @@ class Selection:
     def offer(self, round: int, validation: Mapping[int, Scores], test: Mapping[int, Scores]) -> bool:
         """Take note of a round; whether it now leads."""
         self.last = Scored(round, validation, test)
-        leads = self.selected is None or _average(validation) > _average(self.selected.validation)
+        leads = self.selected is None or _rank(validation) > _rank(self.selected.validation)
         if leads:
             self.selected = self.last
-        if test and (self.best_on_test is None or _average(test) > _average(self.best_on_test.test)):
+        if test and (self.best_on_test is None or _rank(test) > _rank(self.best_on_test.test)):
             self.best_on_test = self.last
         return leads
 
@@ -56,5 +59,5 @@ class Selection:
         return selection
 
 
-def _average(scores: Mapping[int, Scores]) -> float:
-    return mean_scores(list(scores.values()))["average"]
+def _rank(scores: Mapping[int, Scores]) -> tuple[int, float]:
+    return len(scores), mean_scores(list(scores.values()))["average"]

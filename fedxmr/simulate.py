@@ -85,7 +85,7 @@ def run(
         from clients.app import app as client
         from fedxmr import recording, sources
         from fedxmr.engines import local
-        from fedxmr.rounds import check
+        from fedxmr.setting import check
         from server.app import app as server
 
         data = sources.dataset(config)

@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from fedxmr.errors import InputError, unknown
@@ -27,7 +27,7 @@ Share = Literal["common", "trainable", "statistics", "nothing"]
 class StrategyConfig(BaseModel):
     """The four choices and their numbers. Defaults are FedCMR's."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: str = Field("fedcmr", description="the preset these choices start from")
     share: Share | tuple[str, ...] = Field(
@@ -50,6 +50,13 @@ class StrategyConfig(BaseModel):
     )
     mu: float = Field(0.0, ge=0, description="FedProx: mu/2 * ||w - w_t||^2 in the joint stage; usual grid .001 to 1")
     server_step: float = Field(1.0, gt=0, description="W_t = W_{t-1} + server_step * (combined - W_{t-1})")
+
+    @field_validator("share", mode="before")
+    @classmethod
+    def _known_share(cls, value: Any) -> Any:
+        if isinstance(value, str) and value not in get_args(Share):
+            raise unknown("strategy.share", value, [*get_args(Share), "a list of parameter names"])
+        return value
 
 
 _AVERAGE: Mapping[str, Any] = {"share": "trainable", "weigh": "examples", "merge": "replace", "joint_fraction": 1.0}

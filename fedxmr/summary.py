@@ -37,7 +37,8 @@ def summarise(
     test = {"selected": _scored(selection.round, selected), "last": _scored(last, at_last)}
     if selection.best_on_test is not None:
         test["best_on_test"] = _scored(selection.best_on_test.round, selection.best_on_test.test)
-    models = "".join(f"{r.client} {r.state_sha256}\n" for r in reports)
+    trained = set().union(*participation.values())  # not those that were only ever evaluated
+    models = "".join(f"{r.client} {r.state_sha256}\n" for r in reports if r.client in trained)
     return {
         "dataset": config.dataset.name,
         "learner": config.learner.name,

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Update
 from fedxmr.scaling import Moments, Scaler
-from fedxmr.state import prefixed, under
+from fedxmr.state import under
 from fedxmr.types import DataSpec, State
 
 START, TRAIN, FINISH = "query.start", "train", "query.finish"
@@ -115,12 +115,13 @@ def pack_update(update: Update) -> RecordDict:
         "round": update.round,
         "client": update.client,
         "n": update.n,
+        "class_counts": update.class_counts.tolist(),
         "loss": update.loss,
         "validation": update.validation,
         "test": update.test,
         "seconds": dict(update.seconds),
     }
-    return _pack(facts, {"class_counts": update.class_counts, **prefixed("shared", update.shared)})
+    return _pack(facts, update.shared)
 
 
 def unpack_update(content: RecordDict) -> Update:
@@ -131,14 +132,14 @@ def unpack_update(content: RecordDict) -> Update:
             round=int(facts["round"]),
             client=int(facts["client"]),
             n=int(facts["n"]),
-            class_counts=arrays["class_counts"],
+            class_counts=torch.tensor(facts["class_counts"], dtype=torch.int64),
             loss=None if facts["loss"] is None else float(facts["loss"]),
-            shared=under("shared", arrays),
+            shared=arrays,
             validation=_scores(facts["validation"]),
             test=_scores(facts["test"]),
             seconds={part: float(seconds) for part, seconds in facts["seconds"].items()},
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise WireError(f"not an update: {error!r}") from error
 
 
@@ -201,11 +202,6 @@ def pack_arrays(state: State) -> ArrayRecord:
 def unpack_arrays(record: ArrayRecord) -> State:
     """The tensors of a record, in torch's own memory. Raises WireError for anything but raw bytes of the right size."""
     return {name: _tensor(name, array) for name, array in record.items()}
-
-
-def payload(content: RecordDict) -> int:
-    """The bytes of the arrays a message carries: equal on every engine."""
-    return sum(len(array.data) for record in content.array_records.values() for array in record.values())
 
 
 def _tensor(name: str, array: Array) -> Tensor:

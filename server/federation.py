@@ -21,8 +21,8 @@ from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Up
 from fedxmr.participation import evaluated, panel, sampled
 from fedxmr.progress import Progress
 from fedxmr.recording import Recorder, write_json
-from fedxmr.rounds import build_learner, initial_state, owned_names
 from fedxmr.scaling import Scaler, combine_moments
+from fedxmr.setting import build_learner, initial_state, owned_names
 from fedxmr.strategies import Contribution, client_weights, combine, shared_names
 from fedxmr.summary import summarise
 from fedxmr.timing import clock
@@ -67,7 +67,7 @@ class Federation:
         config, resumed = self._config, self._standing.round > 0
         registrations = self._nodes.register()
         spec = registrations[0].spec
-        learner = build_learner(config, spec, torch.device("cpu"), None)
+        learner = build_learner(config.learner, spec, torch.device("cpu"), None)
         names = shared_names(config.strategy, learner)
         initial = initial_state(config, spec)
         shared = {name: initial[name] for name in sorted(names)}
@@ -76,7 +76,7 @@ class Federation:
         for r in registrations:
             self._registered[r.client] = r
             self._expected[r.client] = {n: initial[n] for n in sorted(owned_names(names, learner, r.held))}
-        if config.federation.standardise == "federated":
+        if config.federation.standardise != "none":
             self._scaler = _common_scaler(registrations)
         if resumed:
             self._ask_for_states(wire.RESTORE, checkpoint.folder(self._standing.round), self._everyone())
@@ -123,7 +123,7 @@ class Federation:
             shared = wire.pack_arrays(self._standing.shared)
             contents = {task.client: wire.pack_task(task, shared) for task in tasks}
             for task in tasks:
-                self._count("down", task, wire.payload(contents[task.client]))
+                self._count("down", task, task.shared)
             replies = self._nodes.exchange(wire.TRAIN, contents, round)
         updates = []
         for task in sorted(tasks, key=lambda task: task.client):
@@ -144,30 +144,40 @@ class Federation:
     def _accept(self, task: Task, reply: Message | None) -> Update | None:
         """The update in a reply, if it may count. A failure or a rejection is noted, and ends a strict run."""
         if reply is None or reply.has_error():
-            late = f"no answer within {self._config.federation.deadline:g} s"
-            self._note(self._standing.failed, task, "failed", late if reply is None else str(reply.error.reason))
+            self._fail(task.round, task.client, reply)
             return None
-        self._count("up", task, wire.payload(reply.content))
         try:
             update = wire.unpack_update(reply.content)
+            self._count("up", task, update.shared)
             fault = find_fault(update, task, self._registered[task.client], self._expected[task.client])
         except wire.WireError as error:
             fault = str(error)
         if fault is not None:
-            self._note(self._standing.rejected, task, "was rejected", fault)
+            self._note(self._standing.rejected, task.round, task.client, "was rejected", fault)
             return None
         self._recorder.time(task.round, task.client, update.seconds)
         return update
 
-    def _note(self, incidents: list[Incident], task: Task, what: str, reason: str) -> None:
-        incidents.append({"round": task.round, "client": task.client, "reason": reason})
-        line = f"client {task.client} {what} in round {task.round}: {reason}"
+    def _fail(self, round: int, client: int, reply: Message | None) -> None:
+        late = f"no answer within {self._config.federation.deadline:g} s"
+        reason = late if reply is None else str(reply.error.reason)
+        self._note(self._standing.failed, round, client, "failed", reason)
+
+    def _note(self, incidents: list[Incident], round: int, client: int, what: str, reason: str) -> None:
+        incidents.append({"round": round, "client": client, "reason": reason})
+        line = f"client {client} {what} in round {round}: {reason}"
         if not self._config.federation.tolerate_failures:
             raise FederationError(line)
         self._progress.say(line)
 
-    def _count(self, way: str, task: Task, size: int) -> None:
-        """Bytes of the flushing message belong to the last round."""
+    def _count(self, way: str, task: Task, arrays: State) -> None:
+        """Count the shared arrays of clients that take part: evaluating others is measurement, not the method's traffic.
+
+        Those of the flushing message belong to the last round.
+        """
+        if not (task.fit or (task.keep and task.base)):
+            return
+        size = sum(array.nbytes for array in arrays.values())
         self._standing.bytes[way] += size
         self._recorder.note(min(task.round, self._config.federation.rounds), task.client, **{f"bytes_{way}": size})
 
@@ -243,11 +253,20 @@ class Federation:
     def _say_farewell(self, last: int) -> list[Report]:
         """The reports of all clients that took part, by client."""
         farewells = {
-            k: Farewell(k, base, self._standing.selection.round, last, evaluate=k in self._panel)
+            # one that failed in the last message has no model of the last round to measure
+            k: Farewell(k, base, self._standing.selection.round, last, evaluate=k in self._panel and base > last)
             for k, base in sorted(self._standing.base.items())
         }
         contents = {k: wire.pack_farewell(farewell) for k, farewell in farewells.items()}
-        return [wire.unpack_report(content) for content in self._nodes.ask(wire.FINISH, contents, last).values()]
+        replies = self._nodes.exchange(wire.FINISH, contents, last)
+        reports = []
+        for client in farewells:
+            reply = replies.get(client)
+            if reply is None or reply.has_error():
+                self._fail(last + 1, client, reply)
+            else:
+                reports.append(wire.unpack_report(reply.content))
+        return reports
 
 
 def _common_scaler(registrations: Sequence[Registration]) -> Scaler:

@@ -17,7 +17,7 @@ from fedxmr.types import DataSpec, Fit, Items, Proximal, State
 
 
 class ToyConfig(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     step: float = 0.25
     abstains_without: str = ""

@@ -24,13 +24,13 @@ CHUNK = 16384  # items made at a time, so that float64 work needs little memory 
 class Options(BaseModel):
     """Sizes, structure and difficulty."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     items: PositiveInt = Field(1000, description="training items")
     validation_items: PositiveInt = Field(250, description="validation items")
     test_items: PositiveInt = Field(250, description="test items")
     modalities: dict[Annotated[str, Field(pattern=MODALITY_NAME)], PositiveInt] = Field(
-        {"image": 64, "text": 32}, description="modality -> feature width", min_length=1
+        {"image": 64, "text": 32}, description="modality -> feature width", min_length=2
     )
     classes: PositiveInt = Field(10, description="number of classes")
     labels_per_item: PositiveInt = Field(1, description="classes of each item; more than 1 makes it multi-label")

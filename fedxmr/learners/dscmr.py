@@ -41,7 +41,7 @@ Similar = Literal["binary", "count"]
 class DSCMRConfig(BaseModel):
     """DSCMR's options."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
     hidden: int = Field(512, ge=1, description="width of each modality's private layer")
     width: int = Field(256, ge=1, description="width of the common subspace")

@@ -32,7 +32,7 @@ from fedxmr.types import Fit, Proximal, State
 class OptimizerConfig(BaseModel):
     """Adam (Kingma and Ba, ICLR 2015) or plain SGD."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     name: Literal["adam", "sgd"] = Field("adam", description="adam, or sgd without momentum")
     lr: float = Field(1e-3, gt=0, description="learning rate")

@@ -12,7 +12,8 @@ from fedxmr import state
 from fedxmr.checks import check_registrations, find_fault
 from fedxmr.errors import FederationError
 from fedxmr.messages import Registration, Task, Update
-from fedxmr.rounds import Client, Setting
+from fedxmr.rounds import Client
+from fedxmr.setting import Setting
 from fedxmr.sources import dataset, parts
 from fedxmr.types import DataSpec
 from tests.federations import TOY, configured, federate

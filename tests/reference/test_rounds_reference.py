@@ -14,7 +14,7 @@ from fedxmr.rounds import divide
 from fedxmr.scaling import ROW_NORM
 from fedxmr.seeding import generator
 from fedxmr.sources import dataset, parts
-from fedxmr.types import Items, Learner, State
+from fedxmr.types import Items, Learner, Proximal, State
 from tests.federations import SMALL, configured, federate
 
 
@@ -84,12 +84,14 @@ def algorithm_1(config: Config) -> tuple[list[Learner], State]:
 
 
 def federated_averaging(config: Config) -> tuple[list[Learner], State]:
-    """FedAvg: every client starts from the weighted mean of all, weighted by its items."""
+    """FedAvg: every client starts from the weighted mean of all, weighted by its items; FedProx: and is held near it."""
     items, learners = start(config)
     combined: State = {}
+    mu = config.strategy.mu
     for t in range(1, config.federation.rounds + 1):
         for k, learner in enumerate(learners):
-            learner.fit(items[k], config.federation.epochs, generator(config.seed, "joint", t, k))
+            near = Proximal(mu, copied(learner, learner.trainable)) if mu else None
+            learner.fit(items[k], config.federation.epochs, generator(config.seed, "joint", t, k), near)
         n = [len(part) for part in items]
         combined = weighted([copied(x, x.trainable) for x in learners], [k / sum(n) for k in n])
         for learner in learners:
@@ -105,6 +107,14 @@ def test_one_message_a_round_is_algorithm_1(tmp_path, gamma):
 
 def test_fedavg_is_federated_averaging(tmp_path):
     compare(tmp_path, federated_averaging, "strategy=fedavg", "partition.scheme=quantity")
+
+
+def test_fedprox_is_federated_averaging_held_near_what_was_received(tmp_path):
+    held = ("strategy=fedprox", "strategy.mu=0.5", "learner.optimizer.name=sgd", "learner.optimizer.lr=0.3")
+    compare(tmp_path, federated_averaging, *held)
+    learners, _ = federated_averaging(configured(*held))
+    free, _ = federated_averaging(configured(*held, "strategy.mu=0.0"))
+    assert not torch.allclose(learners[0].state()["common.weight"], free[0].state()["common.weight"], atol=1e-4)
 
 
 def test_centralised_training_is_a_plain_loop(tmp_path):

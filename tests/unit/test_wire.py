@@ -65,11 +65,6 @@ def test_arrays_arrive_in_memory_of_their_own():
     assert sent["w"].sum() == 15
 
 
-def test_payload_is_the_bytes_of_the_arrays():
-    task = Task(1, 0, 0, {"w": torch.zeros(3, 2), "b": torch.zeros(2, dtype=torch.float64)})
-    assert wire.payload(wire.pack_task(task)) == 3 * 2 * 4 + 2 * 8
-
-
 def facts(text: str) -> RecordDict:
     return RecordDict({"facts": ConfigRecord({"json": text})})
 

@@ -1,0 +1,74 @@
+"""What all clients of one process share: the configuration, the common data, and the learner everybody starts from."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import chain
+
+import torch
+
+from fedxmr.config import Config, LearnerConfig
+from fedxmr.data import Dataset
+from fedxmr.learners import learner_class
+from fedxmr.machine import choose_device
+from fedxmr.scaling import Scaler, scale
+from fedxmr.seeding import generator
+from fedxmr.sources import scaling
+from fedxmr.strategies import shared_names
+from fedxmr.types import DataSpec, Items, Learner, State
+
+
+class Setting:
+    """What all clients of one process share: configuration, common validation and test items, initial state."""
+
+    def __init__(self, config: Config, data: Dataset) -> None:
+        self.config = config
+        self.data = data
+        self.device = choose_device(config.runtime.device)
+        self.scaling = scaling(config, data)
+        self._scaled: tuple[Scaler, dict[str, Items]] = (Scaler({}, {}), {})
+
+    @cached_property
+    def initial(self) -> State:
+        """The seeded initial weights; not to be changed in place."""
+        return initial_state(self.config, self.data.spec)
+
+    def scale(self, items: Items, scaler: Scaler) -> Items:
+        """The items as learners see them, on the device."""
+        return scale(items, self.scaling, scaler).to(self.device)
+
+    def part(self, name: str, scaler: Scaler) -> Items:
+        """The scaled validation, test or all_test items; one copy serves all clients that scale alike."""
+        if self._scaled[0] != scaler:
+            self._scaled = (scaler, {})
+        parts = self._scaled[1]
+        if name not in parts:
+            parts[name] = self.scale(getattr(self.data, name), scaler)
+        return parts[name]
+
+    def learner(self) -> Learner:
+        """A learner whose state is loaded next."""
+        return build_learner(self.config.learner, self.data.spec, self.device, None)
+
+
+def check(config: Config, data: Dataset) -> None:
+    """See that learner, strategy, scaling and device go together. Raises InputError."""
+    setting = Setting(config, data)
+    shared_names(config.strategy, setting.learner())
+
+
+def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:
+    """The shared names that a client holding these modalities trains: all but those of modalities it lacks."""
+    lacking = (names for modality, names in learner.by_modality.items() if modality not in held)
+    return shared - frozenset(chain.from_iterable(lacking))
+
+
+def build_learner(config: LearnerConfig, spec: DataSpec, device: torch.device, rng: torch.Generator | None) -> Learner:
+    """The configured learner; rng None: for a state that is loaded next."""
+    return learner_class(config.name)(config.options, spec, device, rng)
+
+
+def initial_state(config: Config, spec: DataSpec) -> State:
+    """The weights, without moments, that every client and the server start from, drawn from the seed alone."""
+    learner = build_learner(config.learner, spec, torch.device("cpu"), generator(config.seed, "initial"))
+    return learner.state(learner.trainable | learner.statistics)
