@@ -6,6 +6,7 @@ import sys
 
 from fedxmr import commands
 from fedxmr.commands import configure
+from fedxmr.errors import InputError
 from fedxmr.simulate import run
 
 
@@ -31,7 +32,8 @@ def centralized(
 ) -> None:
     """Train one model on all the data: a federation of a single client that shares nothing.
 
-    A round is federation.epochs epochs. Later settings win: defaults, --config, options, KEY=VALUE. With --resume only federation.rounds may change.
+    A round is federation.epochs epochs. Later settings win: defaults, --config, options, KEY=VALUE. With --resume only
+    federation.rounds may change.
     """
     options = {
         "dataset.name": dataset,
@@ -51,7 +53,10 @@ def centralized(
         "runtime.threads": threads,
         "runtime.device": device,
     }
-    run(configure(config, options, assignments, resume=resume), out, overwrite, resume, pictures=pictures)
+    checked = configure(config, options, assignments, resume=resume)
+    if checked.federation.clients != 1 or checked.strategy.share != "nothing":
+        raise InputError("centralized: expected one client that shares nothing; fedxmr.simulate runs federations")
+    run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ class Plan(BaseModel):
 
 
 def read_experiment(path: Path) -> tuple[Plan, dict[str, Any]]:
-    """The plan and the base configuration in a file. Raises InputError, also for any method that is no configuration."""
+    """The plan and the base configuration in a file. Raises InputError, also for a method that is no configuration."""
     base = read_yaml(path)
     section = base.pop("experiment", None)
     if section is None:
@@ -115,6 +115,11 @@ class Run:
     def retrieval(self) -> dict[str, Any]:
         """retrieval.json."""
         return dict(json.loads((self.folder / "retrieval.json").read_text()))
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """environment.json."""
+        return dict(json.loads((self.folder / "environment.json").read_text()))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl."""

@@ -52,28 +52,35 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
-def reopen(out: Path, config: Config, parts: Sequence[Part]) -> None:
-    """See that a run folder can be resumed with this configuration, and note where `rounds` has grown.
+END_PRODUCTS = ("summary.json", "retrieval.json", "pictures", "clients", "shared-*.safetensors")
+"""What is there only when a run has ended."""
 
+
+def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
+    """See that a run folder can be resumed with this configuration, and take away what only an ended run has.
+
+    Returns whether all rounds are done and only the report is missing.
     Raises InputError naming the keys that differ, for another partition, and for a run that has nothing left to do.
     """
     before = resolve(read_yaml(out / "config.yaml"))
     changed = [key for key in _differing(before.model_dump(), config.model_dump()) if key != "federation.rounds"]
     if changed:
         raise InputError(f"{out}: cannot be resumed with another configuration; changed: {', '.join(changed)}")
-    grown = config.federation.rounds - before.federation.rounds
-    if grown < 0:
-        raise InputError(
-            f"{out}: federation.rounds may grow, from {before.federation.rounds}, got {config.federation.rounds}"
-        )
-    if (out / "summary.json").is_file() and not grown:
-        raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
+    had, has = before.federation.rounds, config.federation.rounds
+    if has < had:
+        raise InputError(f"{out}: federation.rounds may grow, from {had}, got {has}")
+    if (out / "summary.json").is_file() and has == had:
+        if (out / "retrieval.json").is_file():
+            raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
+        return True
     newest(out)
     saved = load_partition(out / "partition.npz")
     if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
         raise InputError(f"{out}: its partition is not the one this configuration makes; has the data changed?")
-    (out / "summary.json").unlink(missing_ok=True)
+    for path in [path for pattern in END_PRODUCTS for path in out.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    return False
 
 
 def resumable(out: Path) -> bool:
@@ -129,7 +136,7 @@ class Recorder:
         at = position or {"metrics": 0, "timings": 0, "lines": [], "scalars": [], "written": None}
         self._metrics = _open_at(out / "metrics.jsonl", at["metrics"])
         self._timings = _open_at(out / "timings.jsonl", at["timings"])
-        self._lines: dict[tuple[int, int], Line] = {(line["round"], line["client"]): line for line in at["lines"]}
+        self._lines = {(int(line["round"]), int(line["client"])): line for line in at["lines"]}
         self._scalars: list[tuple[int, str, float]] = [(round, tag, value) for round, tag, value in at["scalars"]]
         self._written: int | None = at["written"]
         self._events: SummaryWriter | None = None

@@ -13,6 +13,7 @@ from fedxmr.commands import say
 from fedxmr.config import Config
 from fedxmr.data import Dataset
 from fedxmr.evaluation import evaluate_across, evaluate_in_full
+from fedxmr.machine import choose_device
 from fedxmr.metrics import Retrieval
 from fedxmr.models import load
 from fedxmr.participation import panel
@@ -39,8 +40,9 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         return summary
     items = data.all_test if config.evaluation.on == "all-test" else data.test
     chosen = [k for k in panel(config) if (out / "clients" / str(k) / "selected.safetensors").is_file()]
-    models = {k: load(out, k, "selected") for k in chosen}
-    scaled = {k: model.scale(items) for k, model in models.items()}
+    device = choose_device(config.runtime.device)
+    models = {k: load(out, k, "selected", str(device)) for k in chosen}
+    scaled = {k: model.scale(items).to(device) for k, model in models.items()}
     found = {k: evaluate_in_full(model.learner, scaled[k], config.seed, AT) for k, model in models.items()}
     across = None
     if len(models) > 1:

@@ -80,6 +80,8 @@ def render(file: Path, plan: Plan, results: Results) -> str:
         f"Test mAP at the round chosen on validation, mean over clients; mean ± standard deviation over {plan.seeds} "
         "seeds. Differences are paired by seed.",
     ]
+    commits = sorted({str(run.environment["commit"])[:12] for runs in results.runs.values() for run in runs})
+    lines += [f"Commit {', '.join(commits)}."]
     trials = len(next(iter(plan.methods.values())).trials())
     if results.tried:
         lines += [f"Every method was tuned with {trials} trials on validation, seeds {plan.tuning_seeds}:"]

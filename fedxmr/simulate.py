@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fedxmr import commands
 from fedxmr.commands import configure, option, say
+from fedxmr.errors import InputError
 
 if TYPE_CHECKING:
     from fedxmr.config import Config
@@ -67,11 +68,17 @@ def simulate(
         "runtime.threads": threads,
         "runtime.device": device,
     }
-    run(configure(config, options, assignments, method, resume), out, overwrite, resume, pictures=pictures)
+    checked = configure(config, options, assignments, method, resume)
+    run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures)
 
 
 def run(
-    config: Config, out: Path | None, overwrite: bool = False, resume: Path | None = None, *, pictures: bool = True
+    config: Config,
+    out: Path | None,
+    *,
+    overwrite: bool = False,
+    resume: Path | None = None,
+    pictures: bool = True,
 ) -> dict[str, Any]:
     """Check, run and report; returns the summary. Nothing is written before all that can be checked has been.
 
@@ -85,29 +92,30 @@ def run(
         from clients.app import app as client
         from fedxmr import recording, sources
         from fedxmr.engines import local
+        from fedxmr.report import report
         from fedxmr.setting import check
         from server.app import app as server
 
+        if resume and (out or overwrite):
+            raise InputError("--resume: goes on in its own run folder, expected neither --out nor --overwrite")
         data = sources.dataset(config)
         parts = sources.parts(config)
         check(config, data)
         out = resume or out or _free_folder(config)
-        if resume:
-            recording.reopen(resume, config, parts)
-        else:
+        ended = resume is not None and recording.reopen(out, config, parts)
+        if not resume:
             recording.prepare(out, config, parts, overwrite)
     say(f"{_headline(config)}\nrun folder: {out}")
     run_config = {"config": config.to_yaml(), "out": str(out), "resume": resume is not None}
     try:
-        local.run(server, client, config.federation.clients, run_config)
+        if not ended:
+            local.run(server, client, config.federation.clients, run_config)
+        return report(config, data, out, pictures=pictures)
     except BaseException:
         say(f"stopped; what was measured so far is in {out}")
         if recording.resumable(out):
             say(f"to go on from its last checkpoint: python -m fedxmr.simulate --resume {out}")
         raise
-    from fedxmr.report import report
-
-    return report(config, data, out, pictures=pictures)
 
 
 def _headline(config: Config) -> str:

@@ -171,7 +171,7 @@ class Federation:
         self._progress.say(line)
 
     def _count(self, way: str, task: Task, arrays: State) -> None:
-        """Count the shared arrays of clients that take part: evaluating others is measurement, not the method's traffic.
+        """Count the shared arrays of clients that take part; evaluating others is measurement, not traffic.
 
         Those of the flushing message belong to the last round.
         """

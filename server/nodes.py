@@ -23,7 +23,7 @@ class Nodes:
         self._node_of: dict[int, int] = {}
 
     def register(self) -> list[Registration]:
-        """Ask every node who it is; the registrations by client. Raises FederationError for a node that does not say."""
+        """Ask every node who it is; the registrations by client. Raises FederationError where one does not say."""
         nodes = self._wait()
         messages = [Message(wire.pack_start(), node, wire.START) for node in nodes]
         registrations = []

@@ -13,7 +13,7 @@ The norms are not squared. This is what the authors' code (penghu-cs/DSCMR) comp
 - any number of modalities, and items may lack some: each mean runs over the items that have what it needs;
 - items with several classes count as similar once, not once per class they share (`similar`);
 - sqrt(x + 1e-12) for a norm and cosine 0 for a zero row, where the code has infinite gradients;
-- seeded shuffling (`shuffle`), leaky ReLU on the subspace as in FedCMR's code (`activation`), lambda 1 (`lambda`).
+- seeded shuffling (`shuffle`), leaky ReLU on the subspace as in FedCMR's code (`activation`), lambda 0.1 (`lambda`).
 The papers' printed form has Frobenius norms (`norm`), and FedCMR's eq. 1 counts a pair of modalities twice (`blocks`).
 """
 

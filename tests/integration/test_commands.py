@@ -54,6 +54,11 @@ def empty(tmp_path, monkeypatch):
         (["gamma"], "'gamma': expected key=value"),
         (["strategy.gamma=[1"], "strategy.gamma: expected a YAML value"),
         (["strategy.share=[nothing.*]"], "unknown parameter in strategy.share 'nothing.*'"),
+        (["strategy.share=commn"], "unknown strategy.share 'commn'; did you mean 'common'?"),
+        (["strategy.gamma=.nan"], "strategy.gamma: input should be a finite number, got nan"),
+        (["--learner", "os:getcwd"], "learner 'os:getcwd': expected a class with the methods of a learner"),
+        (["--dataset", "synthetic", "dataset.modalities={image: 4}"], "dataset.modalities"),
+        (["--resume", "taken", "--out", "x"], "taken/config.yaml: cannot be read"),
         (["strategy.share=statistics"], "the learner DSCMR has no such parameters"),
         (["dataset.scaling={image: none}"], "unknown modality in dataset.scaling 'image'"),
         (["--config", "no.yaml"], "no.yaml: cannot be read"),
@@ -172,6 +177,21 @@ def test_centralized_is_one_client_with_everything(empty, capsys):
     assert commands.run(centralized, [*SMALL, "--no-pictures", "--out", "run"]) == commands.OK
     assert '"clients": 1' in (empty / "run" / "summary.json").read_text()
     assert "0.0 MB" in capsys.readouterr().out
+
+
+def test_centralized_refuses_to_be_a_federation(empty, capsys):
+    for extra in ("federation.clients=3", "strategy=fedavg"):
+        assert commands.run(centralized, [*SMALL, extra]) == commands.BAD_INPUT
+        assert "expected one client that shares nothing" in capsys.readouterr().err
+    assert not (empty / "runs").exists()
+
+
+def test_overwriting_needs_a_whole_run_folder_to_replace(empty, capsys):
+    (empty / "project").mkdir()
+    (empty / "project" / "config.yaml").write_text("mine")
+    assert commands.run(simulate, [*SMALL, "--out", "project", "--overwrite"]) == commands.BAD_INPUT
+    assert "it is no run folder" in capsys.readouterr().err
+    assert (empty / "project" / "config.yaml").read_text() == "mine"
 
 
 @pytest.mark.parametrize("module", ["fedxmr.simulate", "fedxmr.centralized"])

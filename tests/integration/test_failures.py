@@ -13,6 +13,7 @@ from fedxmr.checks import check_registrations, find_fault
 from fedxmr.errors import FederationError
 from fedxmr.messages import Registration, Task, Update
 from fedxmr.rounds import Client
+from fedxmr.selection import Selection
 from fedxmr.setting import Setting
 from fedxmr.sources import dataset, parts
 from fedxmr.types import DataSpec
@@ -78,6 +79,19 @@ def test_a_failure_in_the_last_message_leaves_the_last_accepted_state(tmp_path):
     tensors, about = state.load(tmp_path / "run" / "clients" / "0" / "last.safetensors")
     assert tensors["weights/private.v"].item() == 3 * 2 * 17 + 2 * 2 * 4
     assert about["round"] == 3
+    for part in ("test", "validation"):
+        assert [own["client"] for own in summary[part]["last"]["clients"]] == [1, 2]
+
+
+def test_a_round_in_which_a_client_was_not_measured_does_not_lead():
+    selection = Selection()
+    scores = {0: {"average": 0.2}, 1: {"average": 0.7}}
+    selection.offer(1, scores, {})
+    selection.offer(2, {1: {"average": 0.6}}, {})
+    assert selection.round == 1
+    selection.offer(3, {0: {"average": 0.3}, 1: {"average": 0.7}}, {})
+    selection.offer(4, {0: {"average": 0.4}, 1: {"average": 0.6}}, {})
+    assert selection.round == 3  # ties go to the earlier round
 
 
 def test_a_rejected_client_is_checkpointed_as_it_was_last_accepted(tmp_path):

@@ -126,9 +126,9 @@ def test_a_client_sampled_again_merges_with_its_own_change_of_the_last_time(tmp_
         shared = before + move[k]
     tensors, _ = state.load(tmp_path / "run" / "shared-last.safetensors")
     assert tensors["shared.w"].item() == pytest.approx(shared, abs=1e-5)
-    for k in change:
+    for k, own in change.items():
         last, _ = state.load(tmp_path / "run" / "clients" / str(k) / "last.safetensors")
-        assert last["weights/shared.w"].item() == pytest.approx(shared + 0.5 * change[k], abs=1e-5)
+        assert last["weights/shared.w"].item() == pytest.approx(shared + 0.5 * own, abs=1e-5)
 
 
 def moves(config: Config) -> list[float]:

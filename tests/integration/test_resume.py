@@ -52,8 +52,10 @@ def test_a_resumed_run_has_the_bytes_of_an_undisturbed_one(tmp_path, monkeypatch
     for stops in (7, 9, 5):  # three interruptions, the first before the first checkpoint where few take part
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             interrupt_after(patch, stops)
-            resume = tmp_path / "broken" if checkpoint.rounds(tmp_path / "broken") else None
-            run(config, tmp_path / "broken", overwrite=True, resume=resume, pictures=False)
+            if checkpoint.rounds(tmp_path / "broken"):
+                run(config, None, resume=tmp_path / "broken", pictures=False)
+            else:
+                run(config, tmp_path / "broken", overwrite=True, pictures=False)
     run(config, None, resume=tmp_path / "broken", pictures=False)
     assert same_bytes(tmp_path / "whole", tmp_path / "broken")
     whole, broken = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "broken"))
@@ -95,6 +97,55 @@ def test_rounds_may_grow_and_the_longer_run_is_that_of_one_piece(tmp_path):
     assert same_bytes(tmp_path / "run", tmp_path / "whole")
 
 
+def test_a_tolerated_failure_before_a_checkpoint_is_resumed_from_the_last_accepted_state(tmp_path, monkeypatch):
+    base = (*(a for a in TOY if not a.startswith("dataset.items")), "dataset.items=61", "strategy.joint_fraction=1.0")
+    tolerant = (*base, "federation.rounds=6", "federation.checkpoint_every=2", "federation.tolerate_failures=true")
+    misbehaves = "learner.misbehaves={'84': nan once}"  # client 0 in round 2
+
+    def config(name: str):
+        return configured(misbehaves, f"learner.once={tmp_path / name}.once", base=tolerant)
+
+    run(config("whole"), tmp_path / "whole", pictures=False)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 8)  # in round 3
+        run(config("broken"), tmp_path / "broken", pictures=False)
+    summary = run(config("broken"), None, resume=tmp_path / "broken", pictures=False)
+    assert [(entry["round"], entry["client"]) for entry in summary["rejected"]] == [(2, 0)]
+    assert summary["failed"] == []
+    assert same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_a_run_interrupted_in_its_report_is_reported_by_a_resume(tmp_path, monkeypatch, capsys):
+    config = configured(base=BASE)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedxmr.report.evaluate_across", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(config, tmp_path / "run", pictures=False)
+    assert "--resume" in capsys.readouterr().out
+    assert not (tmp_path / "run" / "retrieval.json").exists()
+    summary = (tmp_path / "run" / "summary.json").read_bytes()
+    run(config, None, resume=tmp_path / "run", pictures=False)
+    assert (tmp_path / "run" / "retrieval.json").is_file()
+    assert (tmp_path / "run" / "summary.json").read_bytes() == summary
+
+
+def test_a_damaged_newest_checkpoint_is_refused_and_the_older_one_offered(tmp_path, capsys):
+    out = tmp_path / "run"
+    federate(out, base=BASE)
+    path = out / checkpoint.folder(8) / "server.safetensors"
+    path.write_bytes(path.read_bytes()[:-9])
+    arguments = ["--resume", str(out), "--rounds", "10", "--no-pictures"]
+    assert commands.run(simulate, arguments) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert f"to go on from round 6, remove {out / checkpoint.folder(8)}" in error
+    assert (out / "summary.json").is_file()
+    for file in (out / checkpoint.folder(8)).iterdir():
+        file.unlink()
+    (out / checkpoint.folder(8)).rmdir()
+    assert commands.run(simulate, arguments) == commands.OK
+    federate(tmp_path / "whole", "federation.rounds=10", base=BASE)
+    assert same_bytes(out, tmp_path / "whole")
+
+
 def test_the_newest_two_checkpoints_are_kept_whole(tmp_path):
     federate(tmp_path / "run", "federation.clients=8", "federation.sample=2", "evaluation.clients=3", base=BASE)
     assert checkpoint.rounds(tmp_path / "run") == [6, 8]
@@ -112,6 +163,8 @@ def test_the_newest_two_checkpoints_are_kept_whole(tmp_path):
         (["--rounds", "3"], "federation.rounds may grow, from 4, got 3"),
         ([], "this run has ended"),
         (["--config", "x.yaml"], "expected no --config"),
+        (["--out", "x"], "expected neither --out nor --overwrite"),
+        (["--overwrite"], "expected neither --out nor --overwrite"),
     ],
 )
 def test_what_cannot_be_resumed_says_why_and_changes_nothing(tmp_path, capsys, arguments, says):

@@ -84,7 +84,7 @@ def algorithm_1(config: Config) -> tuple[list[Learner], State]:
 
 
 def federated_averaging(config: Config) -> tuple[list[Learner], State]:
-    """FedAvg: every client starts from the weighted mean of all, weighted by its items; FedProx: and is held near it."""
+    """FedAvg: every client starts from the mean of all, weighted by items; FedProx: and is held near it."""
     items, learners = start(config)
     combined: State = {}
     mu = config.strategy.mu

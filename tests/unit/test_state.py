@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -21,7 +19,7 @@ def test_round_trip(tmp_path):
     assert about == {"round": 3}
     assert got.keys() == STATE.keys()
     assert all(torch.equal(got[name], STATE[name]) for name in STATE)
-    assert os.listdir(tmp_path / "deep") == ["x.safetensors"]
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["x.safetensors"]
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
@@ -35,7 +33,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     with pytest.raises(OSError, match="No space"):
         state.save(path, STATE, {"round": 2})
     assert state.load(path)[1] == {"round": 1}
-    assert os.listdir(tmp_path) == ["x.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
