@@ -14,7 +14,6 @@ queries, which is the gallery only where the two are equal; single-label code co
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -158,7 +157,7 @@ def retrieval(
     depth = size if curves else max(at, default=0)  # how much of a ranking must be kept
 
     tied = 0
-    columns: defaultdict[str, list[Tensor]] = defaultdict(list)  # name -> per chunk [b] or [b, k] float64, CPU
+    table: dict[str, Tensor] = {}  # per query: name -> [q] or [q, k] float64, CPU
     for rows, block in _blocks(scores, queries, size, chunk or max(1, CHUNK_SCORES // size)):
         order, ranks, gallery_form = (x.to(block.device) for x in (order, ranks, gallery_form))
         shared = _shared(query_form[rows].to(block.device), gallery_form)
@@ -174,8 +173,8 @@ def retrieval(
         if curves:
             measured["curve"] = _interpolated_precision(ranked.top & 1)
         for name, value in measured.items():
-            columns[name].append(value.cpu())
-    table = {name: torch.cat(chunks) for name, chunks in columns.items()}
+            # not a list of chunks: small pieces that stay between large ones that go make the heap grow and grow
+            table.setdefault(name, torch.empty(queries, *value.shape[1:], dtype=torch.float64))[rows] = value.cpu()
     has_pair = None if pairs is None else pairs.cpu() >= 0
     return _means(table, tied / (queries * size), at, has_pair, curves, without_relevant)
 

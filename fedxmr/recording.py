@@ -128,7 +128,7 @@ def read_lines(path: Path) -> list[Line]:
 
 
 class Recorder:
-    """An open run folder. What belongs to a round waits until nothing more can come: its scores arrive a round later."""
+    """An open run folder. What belongs to a round waits until it is whole: its scores arrive a round later."""
 
     def __init__(self, out: Path, position: Mapping[str, Any] | None = None) -> None:
         """position: what `position` gave at a checkpoint; everything recorded later is cut off."""

@@ -1,0 +1,37 @@
+"""Whole runs on the real Wikipedia data: far below these levels, something is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from fedxmr.config import override, resolve
+from fedxmr.simulate import run
+
+PROTOTYPE = (  # the settings at which the levels were once seen, with a private prototype and one seed
+    "dataset=wikipedia",
+    "evaluation.on=all-test",
+    "evaluation.every=40",
+    "learner.lambda=1.0",
+    "learner.batch_size=20",
+    "learner.optimizer.lr=1e-4",
+)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("strategy", "seen"), [("local", 0.361), ("fedcmr", 0.382), ("fedavg", 0.437), ("fedprox", 0.424)]
+)
+def test_a_strategy_reaches_its_level(benchmark_data: Path, tmp_path: Path, strategy: str, seen: float):
+    config = resolve(override({}, [*PROTOTYPE, f"strategy={strategy}", f"dataset.data_dir={benchmark_data}"]))
+    summary = run(config, tmp_path / "run", pictures=False)
+    assert summary["test"]["last"]["mean"]["average"] > 0.9 * seen
+
+
+@pytest.mark.long
+def test_centralised_training_reaches_its_level(benchmark_data: Path, tmp_path: Path):
+    changes = ("federation.clients=1", "strategy=local", "federation.rounds=15", "learner.batch_size=100")
+    config = resolve(override({}, [*PROTOTYPE, *changes, "evaluation.every=15", f"dataset.data_dir={benchmark_data}"]))
+    summary = run(config, tmp_path / "run", pictures=False)
+    assert summary["test"]["last"]["mean"]["average"] > 0.9 * 0.433
