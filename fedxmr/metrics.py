@@ -173,8 +173,9 @@ def retrieval(
         if curves:
             measured["curve"] = _interpolated_precision(ranked.top & 1)
         for name, value in measured.items():
-            # not a list of chunks: small pieces that stay between large ones that go make the heap grow and grow
-            table.setdefault(name, torch.empty(queries, *value.shape[1:], dtype=torch.float64))[rows] = value.cpu()
+            if name not in table:  # not a list of chunks: small pieces kept among large ones freed make the heap grow
+                table[name] = torch.empty(queries, *value.shape[1:], dtype=torch.float64)
+            table[name][rows] = value.cpu()
     has_pair = None if pairs is None else pairs.cpu() >= 0
     return _means(table, tied / (queries * size), at, has_pair, curves, without_relevant)
 

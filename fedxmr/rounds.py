@@ -23,7 +23,7 @@ from fedxmr.seeding import generator
 from fedxmr.setting import Setting, owned_names
 from fedxmr.snapshot import Snapshot
 from fedxmr.state import sha256
-from fedxmr.strategies import merge, shared_names
+from fedxmr.strategies import merge
 from fedxmr.timing import clock
 from fedxmr.types import Items, Learner, Proximal, State
 
@@ -53,8 +53,6 @@ class Client:
 
     def register(self) -> Registration:
         """What the server may know of this client before the first round."""
-        initial = self._setting.initial
-        shared = shared_names(self._config.strategy, self._setting.learner())
         return Registration(
             client=self.client,
             n=len(self._raw),
@@ -63,7 +61,7 @@ class Client:
             held=self._raw.modalities,
             moments=self._moments(),
             versions={"fedxmr": __version__, "torch": str(torch.__version__), "flwr": version("flwr")},
-            initial_sha256=sha256({name: initial[name] for name in shared}),
+            initial_sha256=self._setting.initial_sha256,
         )
 
     def take_part(self, task: Task) -> Update:
@@ -215,7 +213,7 @@ class Client:
 
     def _owned(self) -> frozenset[str]:
         """The shared names this client can train."""
-        return owned_names(shared_names(self._config.strategy, self.learner), self.learner, self._raw.modalities)
+        return owned_names(self._setting.shared, self.learner, self._raw.modalities)
 
     def _standardise(self, scaler: Scaler | None) -> None:
         if self._config.federation.standardise == "client":

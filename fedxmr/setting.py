@@ -14,6 +14,7 @@ from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
 from fedxmr.seeding import generator
 from fedxmr.sources import scaling
+from fedxmr.state import sha256
 from fedxmr.strategies import shared_names
 from fedxmr.types import DataSpec, Items, Learner, State
 
@@ -32,6 +33,16 @@ class Setting:
     def initial(self) -> State:
         """The seeded initial weights; not to be changed in place."""
         return initial_state(self.config, self.data.spec)
+
+    @cached_property
+    def shared(self) -> frozenset[str]:
+        """The names of the learner's state that clients share."""
+        return shared_names(self.config.strategy, self.learner())
+
+    @cached_property
+    def initial_sha256(self) -> str:
+        """The hash of the seeded shared state, by which server and clients see that they agree."""
+        return sha256({name: self.initial[name] for name in self.shared})
 
     def scale(self, items: Items, scaler: Scaler) -> Items:
         """The items as learners see them, on the device."""
@@ -53,8 +64,7 @@ class Setting:
 
 def check(config: Config, data: Dataset) -> None:
     """See that learner, strategy, scaling and device go together. Raises InputError."""
-    setting = Setting(config, data)
-    shared_names(config.strategy, setting.learner())
+    _ = Setting(config, data).shared
 
 
 def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:

@@ -348,12 +348,14 @@ def test_a_nan_score_is_refused_by_query(dtype: torch.dtype, sign: int):
 
 LARGE = """
 import resource, torch
-from fedxmr.metrics import mean_average_precision, tie_order
+from fedxmr.metrics import retrieval, tie_order
 n, rng = 30_000, torch.Generator().manual_seed(0)
 image, text = (torch.randn(n, 256, generator=rng) for _ in range(2))
 {labels}
-found = mean_average_precision(lambda rows: image[rows] @ text.T, labels, labels, order=tie_order(n, rng))
-print(found, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+found = retrieval(
+    lambda rows: image[rows] @ text.T, labels, labels, order=tie_order(n, rng), at=(50,), pairs=torch.arange(n), curves=True
+)
+print(found.map, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
 
