@@ -279,8 +279,8 @@ def _precision_at_hits(hit: Array, ranks: Array) -> tuple[Array, Array]:
 def _count_tied(keys: Array) -> int:
     """Sorted keys [b, g] -> the number of items whose score equals that of a neighbour."""
     same = (keys[:, 1:] ^ keys[:, :-1]) < _SCORE
-    runs = same[:, :1].sum() + (same[:, 1:] > same[:, :-1]).sum()
-    return int(same.sum() + runs)  # a run of n equal scores has n - 1 pairs of neighbours
+    inner = same[:, 1:] | same[:, :-1]
+    return int(inner.sum() + same[:, :1].sum() + same[:, -1:].sum())
 
 
 def _measure_hits(ranked: _Ranked, last: list[int]) -> dict[str, Tensor]:

@@ -352,9 +352,8 @@ from fedxmr.metrics import retrieval, tie_order
 n, rng = 30_000, torch.Generator().manual_seed(0)
 image, text = (torch.randn(n, 256, generator=rng) for _ in range(2))
 {labels}
-found = retrieval(
-    lambda rows: image[rows] @ text.T, labels, labels, order=tie_order(n, rng), at=(50,), pairs=torch.arange(n), curves=True
-)
+everything = dict(at=(50,), pairs=torch.arange(n), curves=True)
+found = retrieval(lambda rows: image[rows] @ text.T, labels, labels, order=tie_order(n, rng), **everything)
 print(found.map, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 """
 
