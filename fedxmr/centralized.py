@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from fedxmr import commands
 from fedxmr.commands import configure
 from fedxmr.errors import InputError
@@ -60,4 +58,4 @@ def centralized(
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(centralized))
+    commands.main(centralized)

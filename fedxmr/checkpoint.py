@@ -65,8 +65,18 @@ def newest(out: Path) -> tuple[State, dict[str, Any]]:
     """The server's state and facts of the newest checkpoint. Raises InputError where there is none or it is damaged."""
     if not (found := rounds(out)):
         raise InputError(f"{out}: has no checkpoint to resume from")
+    return _load(out, found[-1], "server.safetensors")
+
+
+def client_state(out: Path, round: int, client: int) -> tuple[State, dict[str, Any]]:
+    """A client's state and facts in a checkpoint. Raises InputError where it is missing or damaged."""
+    return _load(out, round, client_file(client))
+
+
+def _load(out: Path, round: int, name: str) -> tuple[State, dict[str, Any]]:
     try:
-        return state.load(out / folder(found[-1]) / "server.safetensors")
+        return state.load(out / folder(round) / name)
     except InputError as error:
-        older = f"; to go on from round {found[-2]}, remove {out / folder(found[-1])}" if len(found) > 1 else ""
-        raise InputError(f"{error}{older}") from error
+        older = [r for r in rounds(out) if r < round]
+        hint = f"; to go on from round {older[-1]}, remove {out / folder(round)}" if older else ""
+        raise InputError(f"{error}{hint}") from error

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import click
 import typer
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedxmr.config import Config
 
 OK, BAD_INPUT, FAILED, INTERRUPTED = 0, 2, 3, 130
-"""Exit codes: every round stood; bad input, nothing written; the federation could not go on; Ctrl-C."""
+"""Exit codes: every round stood; bad input, nothing written; the federation could not go on, or its disk; Ctrl-C."""
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Nothing is sent anywhere that the user did not ask for."""
@@ -93,10 +93,14 @@ def configure(
     tree = read_yaml(source) if source else {}
     experiment = tree.pop("experiment", None)  # that section is for fedxmr.reproduce
     if method is not None:
-        methods = (experiment or {}).get("methods", {})
+        from fedxmr.experiment import read_experiment
+
+        if file is None or experiment is None:
+            raise InputError(f"--method {method}: expected --config with a file that has a section 'experiment'")
+        methods = read_experiment(file)[0].methods
         if method not in methods:
-            raise unknown(f"method of {file or 'no --config file'}", method, methods)
-        tree = merged(tree, methods[method].get("set", {}))
+            raise unknown(f"method of {file}", method, methods)
+        tree = merged(tree, methods[method].set)
     for key, value in options.items():
         if value is not None:
             tree = merged(tree, nested(key, str(value) if isinstance(value, Path | StrEnum) else value))
@@ -108,6 +112,14 @@ def say(line: object) -> None:
     from rich.console import Console
 
     Console(highlight=False).print(line, soft_wrap=isinstance(line, str), markup=False)
+
+
+def main(command: Callable[..., None]) -> NoReturn:
+    """Run a command as a program, and end at once: Python's own shutdown, with all that was imported, takes seconds."""
+    code = run(command)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(command: Callable[..., None], arguments: Sequence[str] | None = None) -> int:
@@ -125,6 +137,8 @@ def run(command: Callable[..., None], arguments: Sequence[str] | None = None) ->
         return _complain(str(error), BAD_INPUT)
     except FederationError as error:
         return _complain(str(error), FAILED)
+    except OSError as error:
+        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED)
 
 
 def _complain(line: str, code: int) -> int:

@@ -57,7 +57,7 @@ class _Named(_Section):
     def _gather(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or isinstance(value.get("options"), BaseModel):
             return value
-        own = {key: value[key] for key in cls.model_fields if key in value}
+        own = {key: value[key] for key in cls.model_fields if key in value and key != "options"}
         name = own.setdefault("name", cls.model_fields["name"].default)
         rest = {key: option for key, option in value.items() if key not in own}
         model = cls._options(str(name))
@@ -156,7 +156,7 @@ class RuntimeConfig(_Section):
     """Where it runs. No number depends on this but by rounding."""
 
     engine: Literal["auto", "local"] = Field("auto", description="what carries messages between server and clients")
-    threads: PositiveInt | None = Field(None, description="torch threads; null: all cores. 1 for bit-equal runs")
+    threads: int | None = Field(None, ge=1, le=1024, description="torch threads; null: all cores. 1 for bit-equal runs")
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
 
 
@@ -256,7 +256,8 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     base, over = _spelt_out(base), _spelt_out(over)
     result = _laid_over(base, over)
     for section in _NAMED.keys() & over.keys() & base.keys():
-        if "name" in over[section] and over[section]["name"] != base[section].get("name", _NAMED[section]):
+        chosen = isinstance(over[section], Mapping) and isinstance(base[section], Mapping)
+        if chosen and "name" in over[section] and over[section]["name"] != base[section].get("name", _NAMED[section]):
             result[section] = over[section]
     return result
 

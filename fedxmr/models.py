@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedxmr import state
-from fedxmr.config import LearnerConfig, read_yaml
+from fedxmr.config import LearnerConfig, read_yaml, resolve
 from fedxmr.errors import InputError
 from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
@@ -39,6 +39,7 @@ class Retriever:
     """
 
     learner: Learner
+    dims: Mapping[str, int]
     scaler: Scaler
     scaling: Mapping[str, str]
     client: int
@@ -46,7 +47,11 @@ class Retriever:
 
     @torch.inference_mode()
     def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d_m] raw features -> [n, k] representations in the common subspace."""
+        """[n, d_m] raw features -> [n, k] representations in the common subspace; InputError for other shapes."""
+        width = self.dims.get(modality)
+        if x.ndim != 2 or x.shape[1] != width:
+            expected = f"[n, {width}] features" if width else f"one of {', '.join(sorted(self.dims))}"
+            raise InputError(f"{modality}: expected {expected}, got {list(x.shape)}")
         items = Items.paired({modality: x.float()}, torch.zeros(len(x), 1, dtype=torch.bool))
         return self.learner.encode(modality, self.scale(items).features[modality])
 
@@ -86,7 +91,8 @@ def load(
     """
     run = Path(run)
     # the learner alone: the data need not be where they were
-    config = LearnerConfig.model_validate(read_yaml(run / "config.yaml").get("learner", {}))
+    learner = read_yaml(run / "config.yaml").get("learner", {})
+    config = resolve({"learner": learner}).learner
     path = run / "clients" / str(client) / f"{which}.safetensors"
     if not path.is_file():
         raise InputError(
@@ -100,6 +106,9 @@ def _retriever(config: LearnerConfig, tensors: State, about: Mapping[str, object
     extra = state.under("spec", tensors)
     spec = DataSpec(about["dims"], about["num_classes"], extra.get("class_vectors"), extra.get("seen"))  # type: ignore[arg-type]
     learner = build_learner(config, spec, choose_device(device), None)
-    learner.load(state.under("weights", tensors))
+    try:
+        learner.load(state.under("weights", tensors))
+    except ValueError as error:
+        raise InputError(f"the model does not fit the run's config.yaml: {error}") from error
     scaler = Scaler.from_state(state.under("scaler", tensors))
-    return Retriever(learner, scaler, about["scaling"], about["client"], about["round"])  # type: ignore[arg-type]
+    return Retriever(learner, spec.dims, scaler, about["scaling"], about["client"], about["round"])  # type: ignore[arg-type]

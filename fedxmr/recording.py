@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import torch
 
 from fedxmr import __version__
-from fedxmr.checkpoint import newest, rounds
+from fedxmr.checkpoint import client_state, newest, rounds
 from fedxmr.config import Config, read_yaml, resolve
 from fedxmr.errors import InputError
 from fedxmr.machine import choose_device, cores
@@ -37,17 +37,22 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
 
     Raises InputError where there is something already; with `overwrite` a run folder there is removed first.
     """
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        marks = ("config.yaml", "environment.json", "partition.npz")
-        if not (overwrite and all((out / mark).is_file() for mark in marks)):
-            how = "it is no run folder" if overwrite else "pass --overwrite to replace it, or another --out"
-            raise InputError(f"{out}: already exists; {how}")
-        shutil.rmtree(out)
+    marks = ("config.yaml", "environment.json", "partition.npz")
     try:
+        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+        if taken:
+            if out.is_symlink() or not (overwrite and all((out / mark).is_file() for mark in marks)):
+                how = "it is no run folder" if overwrite else "pass --overwrite to replace it, or another --out"
+                raise InputError(f"{out}: already exists; {how}")
+            shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
-        (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-        write_json(out / "environment.json", environment(config))
-        save_partition(out / "partition.npz", parts)
+        try:
+            (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+            write_json(out / "environment.json", environment(config))
+            save_partition(out / "partition.npz", parts)
+        except OSError:
+            shutil.rmtree(out, ignore_errors=True)
+            raise
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
@@ -73,7 +78,7 @@ def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
         if (out / "retrieval.json").is_file():
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
         return True
-    newest(out)
+    _check_checkpoint(out)
     saved = load_partition(out / "partition.npz")
     if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
         raise InputError(f"{out}: its partition is not the one this configuration makes; has the data changed?")
@@ -81,6 +86,17 @@ def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
     return False
+
+
+def _check_checkpoint(out: Path) -> None:
+    """See that all of the newest checkpoint is there and whole, and the records it counts on. Raises InputError."""
+    _, facts = newest(out)
+    for name in ("metrics", "timings"):
+        path = out / f"{name}.jsonl"
+        if not path.is_file() or path.stat().st_size < facts["records"][name]:
+            raise InputError(f"{path}: is shorter than at the checkpoint of round {facts['round']}")
+    for client in facts["base"]:
+        client_state(out, facts["round"], int(client))
 
 
 def resumable(out: Path) -> bool:
@@ -124,7 +140,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_lines(path: Path) -> list[Line]:
     """The lines of a .jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 class Recorder:

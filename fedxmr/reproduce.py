@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,6 +30,8 @@ def reproduce(
     from fedxmr.machine import cores
     from fedxmr.recording import write_json
 
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers: expected 1 or more, got {workers}")
     plan, base = read_experiment(file)
     if seeds is not None:
         if seeds < 1 or set(plan.tuning_seeds) & set(range(seeds)):
@@ -122,4 +123,4 @@ def _row(cells: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(reproduce))
+    commands.main(reproduce)

@@ -9,6 +9,8 @@ import torch
 
 from fedxmr.config import Config, LearnerConfig
 from fedxmr.data import Dataset
+from fedxmr.errors import InputError
+from fedxmr.evaluation import directions
 from fedxmr.learners import learner_class
 from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
@@ -63,8 +65,18 @@ class Setting:
 
 
 def check(config: Config, data: Dataset) -> None:
-    """See that learner, strategy, scaling and device go together. Raises InputError."""
-    _ = Setting(config, data).shared
+    """See that learner, strategy, scaling, device and data go together. Raises InputError."""
+    try:
+        _ = Setting(config, data).shared
+    except (RuntimeError, MemoryError, OverflowError) as error:
+        raise InputError(f"the learner cannot be built as configured: {str(error).splitlines()[0]}") from error
+    for name, items in (("validation", data.validation), ("test", data.test)):
+        for query, gallery in directions(items):
+            there = items.labels[items.rows[gallery]].any(0)
+            if not bool((items.labels[items.rows[query]] & there).any()):
+                raise InputError(
+                    f"{data.name}: expected a {name} {gallery} that shares a class with some {query}, got none"
+                )
 
 
 def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -139,4 +138,4 @@ def _free_folder(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(commands.run(simulate))
+    commands.main(simulate)

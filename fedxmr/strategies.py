@@ -48,14 +48,16 @@ class StrategyConfig(BaseModel):
     joint_fraction: float = Field(
         0.8, gt=0, le=1, description="share of the items in the joint stage; rest: enhancement"
     )
-    mu: float = Field(0.0, ge=0, description="FedProx: mu/2 * ||w - w_t||^2 in the joint stage; usual grid .001 to 1")
+    mu: float = Field(
+        0.0, ge=0, le=1e6, description="FedProx: mu/2 * ||w - w_t||^2 in the joint stage; usual grid .001 to 1"
+    )
     server_step: float = Field(1.0, gt=0, description="W_t = W_{t-1} + server_step * (combined - W_{t-1})")
 
     @field_validator("share", mode="before")
     @classmethod
     def _known_share(cls, value: Any) -> Any:
-        if isinstance(value, str) and value not in get_args(Share):
-            raise unknown("strategy.share", value, [*get_args(Share), "a list of parameter names"])
+        if not isinstance(value, list | tuple) and value not in get_args(Share):
+            raise unknown("strategy.share", str(value), [*get_args(Share), "a list of parameter names"])
         return value
 
 

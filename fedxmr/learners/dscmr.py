@@ -43,8 +43,8 @@ class DSCMRConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
-    hidden: int = Field(512, ge=1, description="width of each modality's private layer")
-    width: int = Field(256, ge=1, description="width of the common subspace")
+    hidden: int = Field(512, ge=1, le=1 << 20, description="width of each modality's private layer")
+    width: int = Field(256, ge=1, le=1 << 20, description="width of the common subspace")
     activation: Literal["leaky_relu", "relu", "none"] = Field(
         "leaky_relu", description="on the common subspace: leaky_relu (slope 0.01) in FedCMR's code, none in DSCMR's"
     )
@@ -53,7 +53,7 @@ class DSCMRConfig(BaseModel):
     norm: Norm = Field("row", description="l1, l3: mean of the rows' norms (code) or Frobenius norm / n (papers)")
     blocks: Blocks = Field("unordered", description="l2: a pair of modalities counts once (code) or twice (FedCMR)")
     similar: Similar = Field("binary", description="S of two items: share a class, or the count of classes they share")
-    batch_size: int = Field(50, ge=1, description="items per step")
+    batch_size: int = Field(50, ge=1, le=1 << 31, description="items per step")
     shuffle: bool = Field(True, description="draw the batches anew every epoch")
     optimizer: OptimizerConfig = Field(OptimizerConfig(), description="what trains all parameters")
     keep_optimizer: bool = Field(True, description="keep the optimiser's moments from stage to stage")

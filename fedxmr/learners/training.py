@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from torch.optim.sgd import sgd
 
 from fedxmr.types import Fit, Proximal, State
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class OptimizerConfig(BaseModel):
     """Adam (Kingma and Ba, ICLR 2015) or plain SGD."""
@@ -36,7 +38,7 @@ class OptimizerConfig(BaseModel):
 
     name: Literal["adam", "sgd"] = Field("adam", description="adam, or sgd without momentum")
     lr: float = Field(1e-3, gt=0, description="learning rate")
-    betas: tuple[float, float] = Field((0.5, 0.999), description="Adam's decay rates of the two moments")
+    betas: tuple[Decay, Decay] = Field((0.5, 0.999), description="Adam's decay rates of the two moments")
     weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
 
 

@@ -58,6 +58,18 @@ def empty(tmp_path, monkeypatch):
         (["strategy.gamma=.nan"], "strategy.gamma: input should be a finite number, got nan"),
         (["--learner", "os:getcwd"], "learner 'os:getcwd': expected a class with the methods of a learner"),
         (["--dataset", "synthetic", "dataset.modalities={image: 4}"], "dataset.modalities"),
+        (["--threads", "100000"], "runtime.threads: input should be less than or equal to 1024"),
+        (["learner.options={hidden: 3}"], "unknown configuration key 'learner.options'"),
+        (["learner.hidden=100000000000"], "learner.hidden: input should be less than or equal to"),
+        (["learner.optimizer.betas=[1, 1]"], "learner.optimizer.betas.0: input should be less than 1"),
+        (["learner.eta=1", "learner=null"], "learner: input should be"),
+        (["strategy.share=null"], "unknown strategy.share 'None'"),
+        (["--device", "meta"], "runtime.device: 'meta' cannot be used here"),
+        (["--learner", ".foo:Bar"], "learner '.foo:Bar'"),
+        (["--method", "fedavg"], "--method fedavg: expected --config with a file that has a section 'experiment'"),
+        (["--config", "odd.yaml", "--method", "a"], "odd.yaml: experiment"),
+        (["--out", "x" * 300], "cannot be written: File name too long"),
+        (["--out", "link", "--overwrite"], "link: already exists; it is no run folder"),
         (["--resume", "taken", "--out", "x"], "taken/config.yaml: cannot be read"),
         (["strategy.share=statistics"], "the learner DSCMR has no such parameters"),
         (["dataset.scaling={image: none}"], "unknown modality in dataset.scaling 'image'"),
@@ -77,6 +89,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing(empty, capsys, arguments, sa
     (empty / "taken" / "thesis.txt").write_text("precious")
     (empty / "list.yaml").write_text("[1, 2]")
     (empty / "broken.yaml").write_text("a: [")
+    (empty / "odd.yaml").write_text("experiment: {methods: [a]}")
+    (empty / "link").symlink_to(empty / "taken")
     before = sorted(empty.rglob("*"))
     assert commands.run(simulate, arguments) == commands.BAD_INPUT
     captured = capsys.readouterr()
@@ -124,6 +138,13 @@ def test_a_bad_folder_gets_one_line(empty, capsys, changed, says):
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+    assert not (empty / "runs").exists()
+
+
+def test_items_nobody_can_find_anything_for_are_refused_before_the_run(empty, capsys):
+    own = folder(empty / "mine", labels=np.zeros((30, 3), dtype=bool))
+    assert commands.run(simulate, ["--dataset", f"{own}/"]) == commands.BAD_INPUT
+    assert "expected a validation text that shares a class with some image, got none" in capsys.readouterr().err
     assert not (empty / "runs").exists()
 
 
@@ -198,7 +219,7 @@ def test_overwriting_needs_a_whole_run_folder_to_replace(empty, capsys):
 def test_help_imports_nothing_heavy(module):
     """`--help` is to come at once; what takes its time are these imports."""
     code = (
-        f"import runpy, sys; sys.argv = ['x', '--help']\n"
+        f"import os, runpy, sys; sys.argv = ['x', '--help']; os._exit = sys.exit\n"
         f"try: runpy.run_module({module!r}, run_name='__main__')\n"
         f"except SystemExit: pass\n"
         f"print(sorted({{'torch', 'flwr', 'ray', 'numpy', 'pydantic', 'scipy', 'sklearn'}} & set(sys.modules)))"
@@ -211,7 +232,15 @@ def test_help_imports_nothing_heavy(module):
 
 
 def test_ctrl_c_ends_the_run_says_where_the_results_are_and_exits_130(tmp_path):
-    command = [sys.executable, "-m", "fedxmr.simulate", *SMALL, "--rounds", "100000", "--out", str(tmp_path / "run")]
+    command = [
+        sys.executable,
+        "-m",
+        "fedxmr.simulate",
+        *SMALL,
+        "federation.rounds=100000",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_line(tmp_path / "run" / "metrics.jsonl", process)
         process.send_signal(signal.SIGINT)

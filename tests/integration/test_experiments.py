@@ -119,6 +119,12 @@ def test_a_bad_experiment_gets_one_line(experiment, capsys, change, says):
     assert not (experiment.parent / "runs").exists()
 
 
+def test_less_than_one_worker_is_refused(experiment, capsys):
+    for workers in ("0", "-1"):
+        assert commands.run(reproduce, [str(experiment), "--workers", workers]) == commands.BAD_INPUT
+        assert "--workers: expected 1 or more" in capsys.readouterr().err
+
+
 def test_a_plain_configuration_is_no_experiment(tmp_path):
     (tmp_path / "plain.yaml").write_text("seed: 1")
     with pytest.raises(InputError, match="has no section 'experiment'"):

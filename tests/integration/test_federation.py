@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import fedxmr
 from fedxmr import state
 from fedxmr.config import Config, override, read_yaml, resolve
+from fedxmr.errors import InputError
 from fedxmr.evaluation import evaluate
 from fedxmr.participation import panel, sampled
 from fedxmr.sources import dataset
@@ -225,6 +226,12 @@ def test_a_loaded_model_encodes_raw_features(tmp_path):
     assert torch.equal(raw, model.learner.encode("image", model.scale(test).features["image"]))
     scores = model.similarity(raw, model.encode("text", test.features["text"]), ("image", "text"))
     assert scores.shape == (30, 30)
+    for modality, x, says in (
+        ("imag", test.features["image"], "imag: expected one of image, text"),
+        ("image", test.features["text"], r"image: expected \[n, 6\] features, got \[30, 4\]"),
+    ):
+        with pytest.raises(InputError, match=says):
+            model.encode(modality, x)
 
 
 def test_bytes_are_those_of_the_shared_arrays(tmp_path):

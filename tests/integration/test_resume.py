@@ -146,6 +146,27 @@ def test_a_damaged_newest_checkpoint_is_refused_and_the_older_one_offered(tmp_pa
     assert same_bytes(out, tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    ("damaged", "says"),
+    [
+        ("checkpoint/round-8/client-1.safetensors", "to go on from round 6, remove"),
+        ("metrics.jsonl", "metrics.jsonl: is shorter than at the checkpoint of round 8"),
+        ("timings.jsonl", "timings.jsonl: is shorter than at the checkpoint of round 8"),
+    ],
+)
+@pytest.mark.parametrize("how", ["truncated", "missing"])
+def test_a_run_folder_that_lacks_what_a_resume_needs_is_refused_untouched(tmp_path, capsys, damaged, says, how):
+    out = tmp_path / "run"
+    federate(out, base=BASE)
+    (out / damaged).write_bytes((out / damaged).read_bytes()[:20]) if how == "truncated" else (out / damaged).unlink()
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert commands.run(simulate, ["--resume", str(out), "--rounds", "12"]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("error:") == 1
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
 def test_the_newest_two_checkpoints_are_kept_whole(tmp_path):
     federate(tmp_path / "run", "federation.clients=8", "federation.sample=2", "evaluation.clients=3", base=BASE)
     assert checkpoint.rounds(tmp_path / "run") == [6, 8]

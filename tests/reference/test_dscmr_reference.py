@@ -249,7 +249,7 @@ def test_two_epochs_are_two_literal_adam_steps():
 
 
 def test_fedprox_step_is_sgd_on_the_loss_plus_half_mu_the_squared_distance():
-    learner, data = tiny(optimizer={"name": "sgd", "lr": 0.1})
+    learner, data = tiny(**{"lambda": 1.0}, optimizer={"name": "sgd", "lr": 0.1})
     start = learner.state()
     # below the anchor |w - a| and (w - a) differ in sign, so a wrong gradient shows
     anchor = {name: start[name] + 2 for name in ("common.weight", "classifier.bias")}

@@ -69,7 +69,7 @@ def test_fedcmr_shares_the_common_layer_and_fedavg_everything():
 
 def test_the_report_is_the_mean_of_j_over_batches_of_unequal_size():
     # a vanishing learning rate: the batches all see the initial parameters
-    model, data = learner(batch_size=5, shuffle=False, optimizer={"lr": 1e-30}), items(12)
+    model, data = learner(**{"lambda": 1.0}, batch_size=5, shuffle=False, optimizer={"lr": 1e-30}), items(12)
     expected = []
     for index in torch.arange(12).split(5):
         batch = data.select(index)
@@ -83,7 +83,7 @@ def test_the_report_is_the_mean_of_j_over_batches_of_unequal_size():
 
 
 def test_a_client_with_half_the_modalities_reports_l1_twice():
-    options = {"batch_size": 12, "optimizer": {"lr": 1e-30}}
+    options = {"lambda": 1.0, "batch_size": 12, "optimizer": {"lr": 1e-30}}
     data = items(12, modalities=("text",))
     common = learner(**options).encode("text", data.features["text"])
     predicted = learner(**options)._network.linear("classifier", common).detach()
