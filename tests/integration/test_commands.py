@@ -242,13 +242,13 @@ def test_ctrl_c_ends_the_run_says_where_the_results_are_and_exits_130(tmp_path):
         str(tmp_path / "run"),
     ]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_for_line(tmp_path / "run" / "metrics.jsonl", process)
+        wait_for_line(out / "metrics.jsonl", process)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        shown, err = process.communicate(timeout=60)
     assert process.returncode == commands.INTERRUPTED, err
-    assert f"what was measured so far is in {tmp_path / 'run'}" in out
+    assert f"what was measured so far is in {out}" in shown
     assert "Traceback" not in err
-    assert (tmp_path / "run" / "metrics.jsonl").read_text().endswith("\n")
+    assert (out / "metrics.jsonl").read_text().endswith("\n")
 
 
 def wait_for_line(path: Path, process: subprocess.Popen[str]) -> None:
