@@ -232,15 +232,8 @@ def test_help_imports_nothing_heavy(module):
 
 
 def test_ctrl_c_ends_the_run_says_where_the_results_are_and_exits_130(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "fedxmr.simulate",
-        *SMALL,
-        "federation.rounds=100000",
-        "--out",
-        str(tmp_path / "run"),
-    ]
+    out = tmp_path / "run"
+    command = [sys.executable, "-m", "fedxmr.simulate", *SMALL, "federation.rounds=100000", "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         wait_for_line(out / "metrics.jsonl", process)
         process.send_signal(signal.SIGINT)
