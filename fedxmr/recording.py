@@ -174,7 +174,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self.write_up_to(sys.maxsize)
+        self._write_lines(sys.maxsize)  # not the events: an interruption may have come while TensorBoard was imported
         self._metrics.close()
         self._timings.close()
         if self._events is not None:
@@ -188,14 +188,18 @@ class Recorder:
 
     def write_up_to(self, round: int) -> None:
         """Write what is known of all rounds up to this one: nothing will be added to them."""
-        for key in sorted(key for key in self._lines if key[0] <= round):
-            self._metrics.write(json.dumps(self._lines.pop(key)) + "\n")
-        self._metrics.flush()
+        self._write_lines(round)
         for at, tag, value in self._scalars:
             if at <= round:
                 self.events.add_scalar(tag, value, at)
                 self._written = max(at, self._written or 0)
         self._scalars = [scalar for scalar in self._scalars if scalar[0] > round]
+
+    def _write_lines(self, round: int) -> None:
+        for key in sorted(key for key in self._lines if key[0] <= round):
+            self._metrics.write(json.dumps(self._lines[key]) + "\n")
+            del self._lines[key]
+        self._metrics.flush()
 
     def time(self, round: int, client: int | None, seconds: Mapping[str, float]) -> None:
         """What a round took: a client's parts by its own clock, or (client None) the driver's."""
