@@ -233,11 +233,17 @@ def test_help_imports_nothing_heavy(module):
 
 def test_ctrl_c_ends_the_run_says_where_the_results_are_and_exits_130(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fedxmr.simulate", *SMALL, "federation.rounds=100000", "--out", str(out)]
+    # a process started in the background, as these tests may be, ignores Ctrl-C and hands that on
+    listen = "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    code = f"{listen}; runpy.run_module('fedxmr.simulate', run_name='__main__', alter_sys=True)"
+    command = [sys.executable, "-c", code, *SMALL, "federation.rounds=100000", "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        wait_for_line(out / "metrics.jsonl", process)
-        process.send_signal(signal.SIGINT)
-        shown, err = process.communicate(timeout=60)
+        try:
+            wait_for_line(out / "metrics.jsonl", process)
+            process.send_signal(signal.SIGINT)
+            shown, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == commands.INTERRUPTED, err
     assert f"what was measured so far is in {out}" in shown
     assert "Traceback" not in err

@@ -68,11 +68,13 @@ def test_a_run_killed_by_the_system_is_resumed(tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "fedxmr.simulate", *ARGUMENTS, "federation.rounds=400", "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while len(checkpoint.rounds(out)) < 2 and process.poll() is None:
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGKILL)
+        try:
+            deadline = time.monotonic() + 120
+            while len(checkpoint.rounds(out)) < 2 and process.poll() is None:
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+        finally:
+            process.send_signal(signal.SIGKILL)
     assert commands.run(simulate, ["--resume", str(out), "--no-pictures"]) == commands.OK
     federate(tmp_path / "whole", "federation.rounds=400", base=BASE)
     assert same_bytes(out, tmp_path / "whole")
