@@ -66,7 +66,7 @@ def test_a_resumed_run_has_the_bytes_of_an_undisturbed_one(tmp_path, monkeypatch
 
 def test_a_run_killed_by_the_system_is_resumed(tmp_path):
     out = tmp_path / "run"
-    command = [sys.executable, "-m", "fedxmr.simulate", *ARGUMENTS, "federation.rounds=400", "--out", str(out)]
+    command = [sys.executable, "-m", "fedxmr.simulate", *ARGUMENTS, "federation.rounds=200", "--out", str(out)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             deadline = time.monotonic() + 120
@@ -76,7 +76,7 @@ def test_a_run_killed_by_the_system_is_resumed(tmp_path):
         finally:
             process.send_signal(signal.SIGKILL)
     assert commands.run(simulate, ["--resume", str(out), "--no-pictures"]) == commands.OK
-    federate(tmp_path / "whole", "federation.rounds=400", base=BASE)
+    federate(tmp_path / "whole", "federation.rounds=200", base=BASE)
     assert same_bytes(out, tmp_path / "whole")
 
 
