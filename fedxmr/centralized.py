@@ -23,6 +23,9 @@ def centralized(
     engine: commands.Engine = None,
     threads: commands.Threads = None,
     device: commands.Device = None,
+    memory_budget: commands.MemoryBudget = None,
+    gpus_per_client: commands.GpusPerClient = None,
+    ray_address: commands.RayAddress = None,
     pictures: commands.Pictures = True,
     out: commands.Out = None,
     overwrite: commands.Overwrite = False,
@@ -50,6 +53,9 @@ def centralized(
         "runtime.engine": engine,
         "runtime.threads": threads,
         "runtime.device": device,
+        "runtime.memory_budget": memory_budget,
+        "runtime.gpus_per_client": gpus_per_client,
+        "runtime.ray_address": ray_address,
     }
     checked = configure(config, options, assignments, resume=resume)
     if checked.federation.clients != 1 or checked.strategy.share != "nothing":

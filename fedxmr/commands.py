@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -17,11 +19,16 @@ from fedxmr.errors import FederationError, InputError, unknown
 if TYPE_CHECKING:
     from fedxmr.config import Config
 
-OK, BAD_INPUT, FAILED, INTERRUPTED = 0, 2, 3, 130
-"""Exit codes: every round stood; bad input, nothing written; the federation could not go on, or its disk; Ctrl-C."""
+OK, BAD_INPUT, FAILED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
+"""Exit codes: every round stood; bad input, nothing written; the federation could not go on, or its disk; Ctrl-C;
+SIGTERM."""
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Nothing is sent anywhere that the user did not ask for."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came: the run ends as after Ctrl-C, leaving nothing behind."""
 
 
 class ProtocolName(StrEnum):
@@ -36,6 +43,7 @@ class EngineName(StrEnum):
 
     auto = "auto"
     local = "local"
+    ray = "ray"
 
 
 class EvaluateOn(StrEnum):
@@ -65,8 +73,15 @@ Protocol = Annotated[ProtocolName | None, option("paper also reports the best ro
 EvaluateEvery = Annotated[int | None, option("rounds between evaluations; 0: never")]
 EvaluateOnPart = Annotated[EvaluateOn | None, option("all-test is the published test part, validation rows included")]
 Engine = Annotated[EngineName | None, option("what carries messages between server and clients")]
-Threads = Annotated[int | None, option("torch threads; default: all cores; 1 for bit-equal runs")]
+Threads = Annotated[int | None, option("torch threads of a process; default: its cores; 1 for bit-equal runs")]
 Device = Annotated[str | None, option("cpu, cuda, cuda:1, ...; default: cuda where there is one")]
+Workers = Annotated[int | None, option("ray: worker processes; default: what divides cores and clients per round")]
+CpusPerClient = Annotated[int | None, option("ray: cores of a worker, which trains one client at a time")]
+GpusPerClient = Annotated[float | None, option("ray: GPUs of a worker; 0.25 lets four share one")]
+RayAddress = Annotated[
+    str | None, option("ray: host:port of a running cluster; default: a private one, on this machine")
+]
+MemoryBudget = Annotated[str | None, option("memory for living clients, such as 8GB; default: half; the rest in files")]
 Out = Annotated[Path | None, option("the run folder; default: a new one in runs/")]
 Overwrite = Annotated[bool, option("replace a run folder that exists", "--overwrite")]
 Resume = Annotated[Path | None, option("a run folder: go on from its last checkpoint; rounds may grow")]
@@ -128,9 +143,10 @@ def run(command: Callable[..., None], arguments: Sequence[str] | None = None) ->
     application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     application.command()(command)
     try:
-        return int(application(arguments, standalone_mode=False) or OK)
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return INTERRUPTED
+        with terminable():
+            return int(application(arguments, standalone_mode=False) or OK)
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
     except InputError as error:
@@ -139,6 +155,20 @@ def run(command: Callable[..., None], arguments: Sequence[str] | None = None) ->
         return _complain(str(error), FAILED)
     except OSError as error:
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Within it SIGTERM raises Terminated, so that whatever is open is closed."""
+
+    def terminate(*_: object) -> NoReturn:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _complain(line: str, code: int) -> int:

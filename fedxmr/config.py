@@ -14,12 +14,14 @@ from typing import Any, ClassVar, Literal, Self
 import yaml
 from pydantic import (
     BaseModel,
+    ByteSize,
     ConfigDict,
     Field,
     PositiveFloat,
     PositiveInt,
     SerializerFunctionWrapHandler,
     ValidationError,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -155,9 +157,45 @@ class EvaluationConfig(_Section):
 class RuntimeConfig(_Section):
     """Where it runs. No number depends on this but by rounding."""
 
-    engine: Literal["auto", "local"] = Field("auto", description="what carries messages between server and clients")
-    threads: int | None = Field(None, ge=1, le=1024, description="torch threads; null: all cores. 1 for bit-equal runs")
+    engine: Literal["auto", "local", "ray"] = Field(
+        "auto", description="what carries messages; auto: ray where there is a GPU or an option that only ray has"
+    )
+    threads: int | None = Field(
+        None, ge=1, le=1024, description="torch threads of a process; null: the cores it has. 1 for bit-equal runs"
+    )
     device: str = Field("auto", description="cpu, cuda, cuda:1, ...; auto: cuda where there is one")
+    memory_budget: ByteSize | None = Field(
+        None, gt=0, description="memory for living clients, such as 8GB, of each machine; null: half; the rest in files"
+    )
+    workers: int | None = Field(
+        None, ge=1, le=4096, description="ray: worker processes; null: what divides cores and clients per round"
+    )
+    cpus_per_client: int | None = Field(None, ge=1, le=1024, description="ray: cores of a worker; null: its share")
+    gpus_per_client: float | None = Field(
+        None, gt=0, le=64, description="ray: GPUs of a worker, such as 0.25; null: 1 where there is one"
+    )
+    ray_address: str | None = Field(
+        None, description="ray: host:port of a running cluster; null: a private one on this machine"
+    )
+
+    @field_validator("gpus_per_client")
+    @classmethod
+    def _whole_gpus(cls, gpus: float | None) -> float | None:
+        if gpus is not None and gpus > 1 and gpus != int(gpus):
+            raise ValueError("above 1, expected a whole number of GPUs")
+        return gpus
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.engine == "local" and (only := self.only_ray):
+            raise ValueError(f"{only[0]}: only the engine ray has it, got engine local")
+        return self
+
+    @property
+    def only_ray(self) -> list[str]:
+        """The keys that are set and that only the engine `ray` has."""
+        keys = ("ray_address", "workers", "cpus_per_client", "gpus_per_client")
+        return [key for key in keys if getattr(self, key) is not None]
 
 
 _NAMED = {

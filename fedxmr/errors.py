@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class InputError(ValueError):
@@ -12,6 +12,23 @@ class InputError(ValueError):
 
 class FederationError(RuntimeError):
     """A federation that could not go on: a client failed, or too few good updates came for a round to stand."""
+
+
+class StateLost(RuntimeError):
+    """What clients held in memory is gone with the process that held it; the run can go on from its last checkpoint.
+
+    kind, round: of the message at which it happened.
+    died: client -> why, of those that were being worked for when their process died.
+    hung: client -> why, of those whose process was ended because they did not answer in time.
+    """
+
+    def __init__(self, kind: str, round: int, died: Mapping[int, str], hung: Mapping[int, str]) -> None:
+        reasons = {**died, **hung}
+        super().__init__("; ".join(f"client {client}: {reason}" for client, reason in sorted(reasons.items())))
+        self.kind = kind
+        self.round = round
+        self.died = died
+        self.hung = hung
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:

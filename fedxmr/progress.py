@@ -1,26 +1,45 @@
-"""The progress bar: round, loss, mAP and time left; on anything but a terminal, a line every tenth of the way."""
+"""The progress bar: round, clients done of it, loss, mAP, time left and what each worker does.
+
+On anything but a terminal, a line every tenth of the way.
+"""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bar
+from rich.text import Text
 
+from fedxmr.activity import Activity
 from fedxmr.config import Config
+
+WORKERS_SHOWN = 8
+VERBS = {"train": "trains", "query.start": "starts", "query.finish": "is measured"}
+"""What a worker does for a client, by type of message; of any other: its state is moved."""
 
 
 class Progress:
     """An open progress display on standard error."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, activity: Activity) -> None:
+        """activity: of the engine, which keeps it up to date."""
         self._rounds = config.federation.rounds
         self._console = Console(stderr=True, highlight=False)
         columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-        self._bar = Bar(*columns, *times, console=self._console, disable=not self._console.is_terminal)
+        self._bar = _Bar(activity, *columns, *times, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task("", total=self._rounds)
         self._loss: float | None = None
         self._map: float | None = None
@@ -33,12 +52,14 @@ class Progress:
         self._bar.stop()
 
     def start_at(self, round: int) -> None:
-        """A resumed run has this round behind it."""
+        """The run goes on from this round."""
+        self._bar.round = round
         self._bar.reset(self._task, total=self._rounds, completed=round)
 
     def trained(self, round: int, loss: float | None) -> None:
         """A round's updates are in; loss: their mean."""
         self._loss = loss
+        self._bar.round = round
         self._bar.update(self._task, completed=round, description=self._figures)
         if self._bar.disable and (round == self._rounds or round % max(self._rounds // 10, 1) == 0):
             self._console.print(f"round {round}/{self._rounds}  {self._figures}", soft_wrap=True)
@@ -50,10 +71,35 @@ class Progress:
 
     def say(self, line: str) -> None:
         """One line that stays on the screen."""
-        self._console.print(line, soft_wrap=True)
+        self._console.print(line, soft_wrap=True, markup=False)
 
     @property
     def _figures(self) -> str:
         loss = "" if self._loss is None else f"loss {self._loss:.4f}"
         score = "" if self._map is None else f"validation mAP {self._map:.3f}"
         return "  ".join(part for part in (loss, score) if part)
+
+
+class _Bar(Bar):
+    """The bar, and below it the clients done and a line for each worker; drawn anew several times a second.
+
+    round: the last that is complete; the clients done of the next one count as a part of it.
+    """
+
+    def __init__(self, activity: Activity, *columns: ProgressColumn, console: Console, disable: bool) -> None:
+        self._activity = activity
+        self.round = 0
+        super().__init__(*columns, console=console, disable=disable)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """Called by rich at each refresh."""
+        activity = self._activity
+        if activity.what == "train" and activity.asked and self.task_ids:
+            self.update(self.task_ids[0], completed=self.round + activity.done / activity.asked)
+        yield self.make_tasks_table(self.tasks)
+        if activity.working:
+            yield Text(f"  clients {activity.done}/{activity.asked}", style="dim")
+        for worker, doing in sorted(activity.working.items())[:WORKERS_SHOWN]:
+            verb = VERBS.get(doing.what, "moves its state")
+            seconds = time.monotonic() - doing.since
+            yield Text(f"  worker {worker}: client {doing.client} {verb}, {seconds:.0f} s", style="dim")

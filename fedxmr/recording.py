@@ -23,13 +23,17 @@ from fedxmr import __version__
 from fedxmr.checkpoint import client_state, newest, rounds
 from fedxmr.config import Config, read_yaml, resolve
 from fedxmr.errors import InputError
-from fedxmr.machine import choose_device, cores
+from fedxmr.machine import cores
 from fedxmr.partition import Part, load_partition, save_partition
+from fedxmr.setting import own_device
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Line = dict[str, Any]
+
+FLUSH = 5
+"""Seconds after which TensorBoard sees what was recorded."""
 
 
 def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -> None:
@@ -125,7 +129,7 @@ def environment(config: Config) -> dict[str, Any]:
         "packages": {name: _version(name) for name in packages},
         "cores": cores(),
         "threads": config.runtime.threads or cores(),
-        "device": str(choose_device(config.runtime.device)),
+        "device": str(own_device(config)),
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
     }
@@ -213,9 +217,8 @@ class Recorder:
         if self._events is None:
             from torch.utils.tensorboard import SummaryWriter
 
-            # purge_step: what was written after the checkpoint that a run is resumed from is not shown
-            purge = None if self._written is None else self._written + 1
-            self._events = SummaryWriter(str(self.out), purge_step=purge)
+            # purge_step: what was written after the checkpoint that a run goes on from is not shown
+            self._events = SummaryWriter(str(self.out), purge_step=(self._written or 0) + 1, flush_secs=FLUSH)
         return self._events
 
     def scalars(self, round: int, values: Mapping[str, float]) -> None:

@@ -13,11 +13,11 @@ from fedxmr.commands import say
 from fedxmr.config import Config
 from fedxmr.data import Dataset
 from fedxmr.evaluation import evaluate_across, evaluate_in_full
-from fedxmr.machine import choose_device
 from fedxmr.metrics import Retrieval
 from fedxmr.models import load
 from fedxmr.participation import panel
 from fedxmr.recording import read_lines, write_json
+from fedxmr.setting import own_device
 from fedxmr.summary import table
 
 AT = (1, 5, 10, 50, 100)
@@ -40,7 +40,7 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         return summary
     items = data.all_test if config.evaluation.on == "all-test" else data.test
     chosen = [k for k in panel(config) if (out / "clients" / str(k) / "selected.safetensors").is_file()]
-    device = choose_device(config.runtime.device)
+    device = own_device(config)
     models = {k: load(out, k, "selected", str(device)) for k in chosen}
     scaled = {k: model.scale(items).to(device) for k, model in models.items()}
     found = {k: evaluate_in_full(model.learner, scaled[k], config.seed, AT) for k, model in models.items()}

@@ -22,7 +22,7 @@ from fedxmr.scaling import Moments, Scaler
 from fedxmr.seeding import generator
 from fedxmr.setting import Setting, owned_names
 from fedxmr.snapshot import Snapshot
-from fedxmr.state import sha256
+from fedxmr.state import sha256, size
 from fedxmr.strategies import merge
 from fedxmr.timing import clock
 from fedxmr.types import Items, Learner, Proximal, State
@@ -115,6 +115,22 @@ class Client:
         """A copy of all that must survive; of a client that never took part, that and what it was evaluated with."""
         learner = self._learner.state() if self._learner is not None else {}
         return Snapshot(self._round, learner, self._before, self._scaler, dict(self.kept))
+
+    def states(self) -> list[Snapshot]:
+        """What it takes to go on, or to go back if the last reply is not accepted: at most two, by round."""
+        held = [self._previous] if self._previous is not None else []
+        if self._round == _DIRTY or (self._learner is None and not self.kept):  # nothing whole, or nothing at all
+            return held
+        return [*held, self.snapshot()]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory this client takes, but for its raw items: states, and its items as the learner sees them."""
+        live = self._setting.state_bytes if self._learner is not None else 0
+        held = self._previous.nbytes if self._previous is not None else 0
+        kept = sum(size(weights) for weights in self.kept.values())
+        items = size(self._items.features) if self._items is not None else 0
+        return live + size(self._before or {}) + held + kept + items
 
     def roll_back(self, held: Snapshot) -> None:
         """Go back to a snapshot, kept models included, and forget anything newer."""

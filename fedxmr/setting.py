@@ -16,7 +16,7 @@ from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
 from fedxmr.seeding import generator
 from fedxmr.sources import scaling
-from fedxmr.state import sha256
+from fedxmr.state import sha256, size
 from fedxmr.strategies import shared_names
 from fedxmr.types import DataSpec, Items, Learner, State
 
@@ -35,6 +35,11 @@ class Setting:
     def initial(self) -> State:
         """The seeded initial weights; not to be changed in place."""
         return initial_state(self.config, self.data.spec)
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """The size of a learner's whole state."""
+        return size(self.learner().state())
 
     @cached_property
     def shared(self) -> frozenset[str]:
@@ -66,8 +71,11 @@ class Setting:
 
 def check(config: Config, data: Dataset) -> None:
     """See that learner, strategy, scaling, device and data go together. Raises InputError."""
+    own_device(config)
+    scaling(config, data)
     try:
-        _ = Setting(config, data).shared
+        # on the CPU: the process that checks may not be one that trains, and is to take no GPU memory
+        shared_names(config.strategy, build_learner(config.learner, data.spec, torch.device("cpu"), None))
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise InputError(f"the learner cannot be built as configured: {str(error).splitlines()[0]}") from error
     for name, items in (("validation", data.validation), ("test", data.test)):
@@ -77,6 +85,11 @@ def check(config: Config, data: Dataset) -> None:
                 raise InputError(
                     f"{data.name}: expected a {name} {gallery} that shares a class with some {query}, got none"
                 )
+
+
+def own_device(config: Config) -> torch.device:
+    """The device of the process that checks and reports. With a cluster, the one asked for may be another machine's."""
+    return choose_device("auto" if config.runtime.ray_address else config.runtime.device)
 
 
 def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:

@@ -34,6 +34,11 @@ def simulate(
     engine: commands.Engine = None,
     threads: commands.Threads = None,
     device: commands.Device = None,
+    memory_budget: commands.MemoryBudget = None,
+    workers: commands.Workers = None,
+    cpus_per_client: commands.CpusPerClient = None,
+    gpus_per_client: commands.GpusPerClient = None,
+    ray_address: commands.RayAddress = None,
     tolerate_failures: Annotated[
         bool | None, option("go on without a client that fails", "--tolerate-failures")
     ] = None,
@@ -66,6 +71,11 @@ def simulate(
         "runtime.engine": engine,
         "runtime.threads": threads,
         "runtime.device": device,
+        "runtime.memory_budget": memory_budget,
+        "runtime.workers": workers,
+        "runtime.cpus_per_client": cpus_per_client,
+        "runtime.gpus_per_client": gpus_per_client,
+        "runtime.ray_address": ray_address,
     }
     checked = configure(config, options, assignments, method, resume)
     run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures)
@@ -88,9 +98,7 @@ def run(
 
     clock.reset()
     with clock.part("start_up"):
-        from clients.app import app as client
-        from fedxmr import recording, sources
-        from fedxmr.engines import local
+        from fedxmr import engines, recording, sources
         from fedxmr.report import report
         from fedxmr.setting import check
         from server.app import app as server
@@ -100,15 +108,16 @@ def run(
         data = sources.dataset(config)
         parts = sources.parts(config)
         check(config, data)
+        engine = engines.choose(config.runtime)
         out = resume or out or _free_folder(config)
         ended = resume is not None and recording.reopen(out, config, parts)
         if not resume:
             recording.prepare(out, config, parts, overwrite)
-    say(f"{_headline(config)}\nrun folder: {out}")
-    run_config = {"config": config.to_yaml(), "out": str(out), "resume": resume is not None}
+    say(f"{_headline(config)}, engine {engine}\nrun folder: {out}")
+    run_config = {"config": config.to_yaml(), "out": str(out.resolve()), "resume": resume is not None}
     try:
         if not ended:
-            local.run(server, client, config.federation.clients, run_config)
+            engine.run(server, "clients.app:app", config, run_config)
         return report(config, data, out, pictures=pictures)
     except BaseException:
         say(f"stopped; what was measured so far is in {out}")
@@ -121,10 +130,9 @@ def _headline(config: Config) -> str:
     federation = config.federation
     who = f"{federation.clients} client{'s' if federation.clients > 1 else ''}"
     per_round = f", {federation.sample} per round" if federation.sample else ""
-    engine = "local" if config.runtime.engine == "local" else "local (auto: the one engine there is yet)"
     return (
         f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}: {who}{per_round} "
-        f"({config.partition.scheme}), {federation.rounds} rounds, seed {config.seed}, engine {engine}"
+        f"({config.partition.scheme}), {federation.rounds} rounds, seed {config.seed}"
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from fedxmr.errors import InputError
 from fedxmr.scaling import Scaler
-from fedxmr.state import load, prefixed, save, under
+from fedxmr.state import load, prefixed, save, size, under
 from fedxmr.types import State
 
 
@@ -25,6 +26,11 @@ class Snapshot:
     before: State | None
     scaler: Scaler
     kept: Mapping[int, State]
+
+    @property
+    def nbytes(self) -> int:
+        """The memory it takes."""
+        return size(self.learner) + size(self.before or {}) + sum(size(weights) for weights in self.kept.values())
 
     def save(self, path: Path, client: int) -> None:
         """Write it as one file."""
@@ -48,3 +54,42 @@ class Snapshot:
             scaler=Scaler.from_state(under("scaler", tensors)),
             kept={round: under(f"kept/{round}", tensors) for round in about["kept"]},
         )
+
+
+KEPT = 2
+
+
+class Store:
+    """One client's durable states: a file for each round that it replied in, the newest two kept.
+
+    The newest may belong to a reply the server did not accept; then the client goes on from the one before it, and
+    whatever is newer than the state it goes on from is discarded.
+    """
+
+    def __init__(self, folder: Path, client: int) -> None:
+        self._folder = folder / f"client-{client}"
+        self._client = client
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Add a state, the newest from now on."""
+        self._discard_after(snapshot.round)
+        snapshot.save(self._file(snapshot.round), self._client)
+        for round in self._rounds()[:-KEPT]:
+            self._file(round).unlink(missing_ok=True)
+
+    def load(self, round: int) -> Snapshot | None:
+        """The state of a round, to go on from; None where there is none. Raises InputError for a damaged file."""
+        self._discard_after(round)
+        return Snapshot.load(self._file(round), self._client) if round in self._rounds() else None
+
+    def _discard_after(self, round: int) -> None:
+        for newer in self._rounds():
+            if newer > round:
+                self._file(newer).unlink(missing_ok=True)
+
+    def _file(self, round: int) -> Path:
+        return self._folder / f"round-{round}.safetensors"
+
+    def _rounds(self) -> list[int]:
+        names = (re.fullmatch(r"round-(\d+)\.safetensors", path.name) for path in self._folder.glob("round-*"))
+        return sorted(int(name[1]) for name in names if name)

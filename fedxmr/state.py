@@ -28,6 +28,11 @@ def sha256(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def size(state: Mapping[str, Tensor]) -> int:
+    """The bytes of all tensors."""
+    return sum(tensor.nbytes for tensor in state.values())
+
+
 def save(path: Path, state: State, about: Mapping[str, Any]) -> None:
     """Write a state and JSON facts `about` it, atomically: a reader sees the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -24,10 +24,12 @@ def summarise(
     selection: Selection,
     reports: Sequence[Report],
     *,
+    engine: str,
     bytes: Mapping[str, int],
     participation: Mapping[str, list[int]],
     rejected: list[dict[str, Any]],
     failed: list[dict[str, Any]],
+    recovered: list[dict[str, Any]],
     shared_sha256: str,
 ) -> dict[str, Any]:
     """The content of summary.json. With evaluation off, `selected` and `last` are null."""
@@ -43,7 +45,7 @@ def summarise(
         "dataset": config.dataset.name,
         "learner": config.learner.name,
         "strategy": config.strategy.name,
-        "engine": "local",
+        "engine": engine,
         "clients": config.federation.clients,
         "rounds": last,
         "seed": config.seed,
@@ -54,6 +56,7 @@ def summarise(
         "participation": dict(participation),
         "rejected": rejected,
         "failed": failed,
+        "recovered": recovered,
         "shared_sha256": shared_sha256,
         "models_sha256": hashlib.sha256(models.encode()).hexdigest(),
     }

@@ -28,6 +28,7 @@ from fedxmr.summary import summarise
 from fedxmr.timing import clock
 from fedxmr.types import State
 from server.nodes import Nodes
+from server.recovery import Recovery
 from server.standing import Incident, Standing
 
 
@@ -35,14 +36,21 @@ class Federation:
     """A run as the server sees it: who is there, what may be expected of each, and how far it has come."""
 
     def __init__(
-        self, config: Config, nodes: Nodes, recorder: Recorder, progress: Progress, standing: Standing
+        self,
+        config: Config,
+        nodes: Nodes,
+        recorder: Recorder,
+        progress: Progress,
+        standing: Standing,
+        recovery: Recovery,
     ) -> None:
-        """standing: new, or that of the checkpoint to go on from."""
+        """standing: new, or that of the checkpoint to go on from. recovery: whom not to ask again, and why."""
         self._config = config
         self._nodes = nodes
         self._recorder = recorder
         self._progress = progress
         self._standing = standing
+        self._recovery = recovery
         self._panel = panel(config)
         self._registered: dict[int, Registration] = {}
         self._expected: dict[int, State] = {}
@@ -83,6 +91,7 @@ class Federation:
             self._progress.start_at(self._standing.round)
         else:
             self._standing.shared = shared
+            self._progress.start_at(0)
 
     def _round(self, round: int) -> None:
         """One round: a task for every sampled client, and their updates combined into W_t."""
@@ -121,7 +130,11 @@ class Federation:
         tasks += [self._task(round, k, fit=False, keep=False, evaluate=True) for k in watched if k not in chosen]
         with clock.part("messages"):
             shared = wire.pack_arrays(self._standing.shared)
-            contents = {task.client: wire.pack_task(task, shared) for task in tasks}
+            contents = {
+                task.client: wire.pack_task(task, shared)
+                for task in tasks
+                if self._recovery.given_up(wire.TRAIN, round, task.client) is None
+            }
             for task in tasks:
                 self._count("down", task, task.shared)
             replies = self._nodes.exchange(wire.TRAIN, contents, round)
@@ -144,7 +157,7 @@ class Federation:
     def _accept(self, task: Task, reply: Message | None) -> Update | None:
         """The update in a reply, if it may count. A failure or a rejection is noted, and ends a strict run."""
         if reply is None or reply.has_error():
-            self._fail(task.round, task.client, reply)
+            self._fail(wire.TRAIN, task.round, task.client, reply)
             return None
         try:
             update = wire.unpack_update(reply.content)
@@ -158,9 +171,12 @@ class Federation:
         self._recorder.time(task.round, task.client, update.seconds)
         return update
 
-    def _fail(self, round: int, client: int, reply: Message | None) -> None:
-        late = f"no answer within {self._config.federation.deadline:g} s"
-        reason = late if reply is None else str(reply.error.reason)
+    def _fail(self, kind: str, round: int, client: int, reply: Message | None) -> None:
+        if reply is None:
+            late = f"no answer within {self._config.federation.deadline:g} s"
+            reason = self._recovery.given_up(kind, round, client) or late
+        else:
+            reason = str(reply.error.reason)
         self._note(self._standing.failed, round, client, "failed", reason)
 
     def _note(self, incidents: list[Incident], round: int, client: int, what: str, reason: str) -> None:
@@ -207,6 +223,9 @@ class Federation:
         seconds = clock.seconds()
         self._recorder.scalars(round, {f"bytes/{way}": size for way, size in self._standing.bytes.items()})
         self._recorder.scalars(round, {f"seconds/{part}": spent for part, spent in seconds.items()})
+        self._recorder.scalars(
+            round, {f"busy/worker {w}": spent for w, spent in self._nodes.activity.take_busy().items()}
+        )
         self._recorder.time(round, None, seconds)
         self._progress.trained(round, fmean(c.loss for c in contributions) if contributions else None)
 
@@ -242,10 +261,12 @@ class Federation:
             self._config,
             standing.selection,
             reports,
+            engine=self._nodes.engine,
             bytes=standing.bytes,
             participation=standing.participation,
             rejected=standing.rejected,
             failed=standing.failed,
+            recovered=standing.recovered,
             shared_sha256=state.sha256(standing.shared),
         )
         write_json(out / "summary.json", summary)
@@ -257,13 +278,17 @@ class Federation:
             k: Farewell(k, base, self._standing.selection.round, last, evaluate=k in self._panel and base > last)
             for k, base in sorted(self._standing.base.items())
         }
-        contents = {k: wire.pack_farewell(farewell) for k, farewell in farewells.items()}
-        replies = self._nodes.exchange(wire.FINISH, contents, last)
+        contents = {
+            k: wire.pack_farewell(farewell)
+            for k, farewell in farewells.items()
+            if self._recovery.given_up(wire.FINISH, last + 1, k) is None
+        }
+        replies = self._nodes.exchange(wire.FINISH, contents, last + 1)
         reports = []
         for client in farewells:
             reply = replies.get(client)
             if reply is None or reply.has_error():
-                self._fail(last + 1, client, reply)
+                self._fail(wire.FINISH, last + 1, client, reply)
             else:
                 reports.append(wire.unpack_report(reply.content))
         return reports

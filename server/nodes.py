@@ -9,15 +9,24 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedxmr import wire
+from fedxmr.activity import Activity
 from fedxmr.config import FederationConfig
 from fedxmr.errors import FederationError
 from fedxmr.messages import Registration
 
+FLOWER = "flower"
+"""The engine's name where Flower's own runtime carries the messages."""
+
 
 class Nodes:
-    """Which node each client lives on, known once they have registered."""
+    """Which node each client lives on, known once they have registered.
+
+    engine: what carries the messages. activity: what its workers do; of Flower's own runtimes nothing is known.
+    """
 
     def __init__(self, grid: Grid, config: FederationConfig) -> None:
+        self.engine = str(getattr(grid, "engine", FLOWER))
+        self.activity: Activity = getattr(grid, "activity", None) or Activity()
         self._grid = grid
         self._config = config
         self._node_of: dict[int, int] = {}
@@ -25,7 +34,7 @@ class Nodes:
     def register(self) -> list[Registration]:
         """Ask every node who it is; the registrations by client. Raises FederationError where one does not say."""
         nodes = self._wait()
-        messages = [Message(wire.pack_start(), node, wire.START) for node in nodes]
+        messages = [Message(wire.pack_start(), node, wire.START, group_id="0") for node in nodes]
         registrations = []
         for reply in self._grid.send_and_receive(messages, timeout=self._config.start_deadline):
             if reply.has_error():

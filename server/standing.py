@@ -21,6 +21,7 @@ class Standing:
 
     round: the last that stood. shared: W_t. base: client -> the round of its last accepted reply.
     selected_shared: W of the round that leads on validation. records: where the recorder stood, at a checkpoint.
+    recovered: the losses of states that the run went back from: in which round, to which, and why.
     """
 
     round: int = 0
@@ -32,6 +33,7 @@ class Standing:
     participation: dict[str, list[int]] = field(default_factory=dict)
     rejected: list[Incident] = field(default_factory=list)
     failed: list[Incident] = field(default_factory=list)
+    recovered: list[Incident] = field(default_factory=list)
     records: dict[str, Any] | None = None
 
     def tensors(self) -> State:
@@ -48,6 +50,7 @@ class Standing:
             "participation": self.participation,
             "rejected": self.rejected,
             "failed": self.failed,
+            "recovered": self.recovered,
             "records": records,
         }
 

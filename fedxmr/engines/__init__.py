@@ -1,0 +1,47 @@
+"""The engines: what carries messages between the ServerApp and the ClientApps of a simulation."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from flwr.serverapp import ServerApp
+
+    from fedxmr.config import Config, RuntimeConfig
+
+ENGINES = {"local": "fedxmr.engines.local", "ray": "fedxmr.engines.ray"}
+"""Name -> module, imported when chosen. Each has `run(server, client, config, run_config)`."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine and, where it was not asked for by name, why it was chosen."""
+
+    name: str
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.reason})" if self.reason else self.name
+
+    def run(self, server: ServerApp, client: str, config: Config, run_config: Mapping[str, Any]) -> None:
+        """Run both apps to the end; client: "module:attribute" of the ClientApp. What the ServerApp raises comes out.
+
+        run_config: `config`, the configuration as YAML, `out`, the run folder, and `resume`.
+        """
+        importlib.import_module(ENGINES[self.name]).run(server, client, config, run_config)
+
+
+def choose(runtime: RuntimeConfig) -> Engine:
+    """The engine of a run; `auto` is ray where there is a GPU or an option that only ray has, else local."""
+    if runtime.engine != "auto":
+        return Engine(runtime.engine)
+    if only := runtime.only_ray:
+        return Engine("ray", f"auto: {only[0]} is given")
+    if not runtime.device.startswith("cpu") and torch.cuda.is_available():
+        return Engine("ray", "auto: there is a GPU")
+    return Engine("local", "auto: no GPU, no Ray address")

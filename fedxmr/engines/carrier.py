@@ -7,14 +7,24 @@ a new flwr changes them.
 
 from __future__ import annotations
 
+import importlib
 import itertools
-from collections.abc import Iterable, Mapping
-from typing import Any
+import logging
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
 
 from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from fedxmr.activity import Activity
+
+log = logging.getLogger(__name__)
 
 RUN_ID = 1
 SERVER_NODE = 1
@@ -32,18 +42,48 @@ def context(node_id: int, node_config: Mapping[str, Any], run_config: Mapping[st
     return Context(RUN_ID, node_id, dict(node_config), RecordDict(), dict(run_config))
 
 
+def load_app(reference: str) -> ClientApp:
+    """The ClientApp that "module:attribute" names."""
+    module, _, attribute = reference.partition(":")
+    app: ClientApp = getattr(importlib.import_module(module), attribute)
+    return app
+
+
+@contextmanager
+def scratch(out: Path) -> Iterator[Path]:
+    """A run folder's folder of durable states, of use only while the run goes on: empty before, gone after."""
+    folder = out / "states"
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def error_reply(message: Message, reason: str) -> Message:
     """The reply for a client that failed."""
     return Message(Error(CLIENT_FAILED, reason), reply_to=message)
 
 
+def answer(app: ClientApp, message: Message, at: Context) -> Message:
+    """What a ClientApp answers; an error reply where it raises."""
+    try:
+        return app(message, at)
+    except Exception as error:
+        log.debug("client %d failed", client_of(at.node_id), exc_info=True)
+        return error_reply(message, f"{type(error).__name__}: {error}")
+
+
 class CarrierGrid(Grid):
     """A Grid that delivers messages itself. Subclasses say which nodes there are and carry messages out.
 
-    Node ids are the client ids plus 2: Flower keeps 1 for the server.
+    Node ids are the client ids plus 2: Flower keeps 1 for the server. activity: what is being done, kept up to date.
     """
 
+    engine: ClassVar[str]
+
     def __init__(self, clients: int) -> None:
+        self.activity = Activity()
         self._clients = clients
         self._run = Run.create_empty(RUN_ID)
         self._message_ids = itertools.count(1)
@@ -51,7 +91,10 @@ class CarrierGrid(Grid):
         identify(SERVER_NODE)
 
     def exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
-        """Deliver addressed messages and return their replies, in any order; a missing one means no answer in time."""
+        """Deliver addressed messages and return their replies, in any order; a missing one means no answer in time.
+
+        timeout: seconds each client has, from the moment it is worked for; None: the carrier's own deadline.
+        """
         raise NotImplementedError
 
     def set_run(self, run: Run) -> None:
@@ -71,14 +114,18 @@ class CarrierGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         addressed = [self._address(message) for message in messages]
-        self._replies.update((reply.metadata.reply_to_message_id, reply) for reply in self.exchange(addressed, None))
+        self._replies.update((reply.metadata.reply_to_message_id, reply) for reply in self._exchange(addressed, None))
         return [message.metadata.message_id for message in addressed]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(message_id) for message_id in message_ids if message_id in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        return self.exchange([self._address(message) for message in messages], timeout)
+        return self._exchange([self._address(message) for message in messages], timeout)
+
+    def _exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
+        self.activity.ask(messages[0].metadata.message_type if messages else "", len(messages))
+        return self.exchange(messages, timeout)
 
     def _address(self, message: Message) -> Message:
         fields = message.metadata.__dict__

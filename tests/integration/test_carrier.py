@@ -10,8 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedxmr.engines import local
-from fedxmr.engines.carrier import SERVER_NODE, client_of, node_of
+from fedxmr.engines.carrier import SERVER_NODE, client_of, context, node_of
 from fedxmr.engines.local import LocalGrid
 
 client = ClientApp()
@@ -41,7 +40,7 @@ def test_flowers_own_fedavg_runs_unchanged_on_our_grid():
         result = strategy.start(grid, ArrayRecord([np.zeros(2)]), num_rounds=2)
         found["arrays"] = result.arrays.to_numpy_ndarrays()[0]
 
-    local.run(server, client, 3, {})
+    server(LocalGrid(client, 3, {}), context(SERVER_NODE, {}, {}))
     np.testing.assert_allclose(found["arrays"], [4.0, 4.0])  # two rounds of the mean of 1, 2 and 3
 
 

@@ -35,6 +35,7 @@ SUMMARY_KEYS = [
     "participation",
     "rejected",
     "failed",
+    "recovered",
     "shared_sha256",
     "models_sha256",
 ]

@@ -1,0 +1,126 @@
+"""The clients that live in a process, and what becomes of them between two messages.
+
+An engine that sends a client's messages to one process says so (`alive`): its clients stay there, learners on their
+device, and those used longest ago move to files when together they exceed the memory budget. On any other carrier the
+next message may come to another process, so a client is a file between messages.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from flwr.app import Context
+
+from fedxmr import sources
+from fedxmr.config import Config
+from fedxmr.errors import InputError
+from fedxmr.machine import cores
+from fedxmr.rounds import Client
+from fedxmr.setting import Setting
+from fedxmr.snapshot import Store
+
+
+@dataclass(frozen=True)
+class Place:
+    """Who a client is and where it lives, as the engine says in the node's configuration.
+
+    alive: whether this process gets all its messages. states: the folder of durable states.
+    threads: what the engine gives this process where the configuration does not say. budget: bytes for living clients.
+    """
+
+    client: int
+    alive: bool
+    states: Path
+    threads: int
+    budget: int
+
+    @classmethod
+    def of(cls, context: Context) -> Place:
+        """What a node's configuration says; Flower's own runtimes say `partition-id` alone."""
+        config, out = context.node_config, Path(str(context.run_config["out"]))
+        return cls(
+            client=int(config["partition-id"]),
+            alive=bool(config.get("alive", False)),
+            states=Path(str(config.get("state-dir", out / "states"))),
+            threads=int(config.get("threads", os.environ.get("OMP_NUM_THREADS") or cores())),
+            budget=int(config.get("memory-budget", 0)),
+        )
+
+
+class Residents:
+    """The clients of one run in this process, those used last at the end."""
+
+    def __init__(self) -> None:
+        self._run: tuple[str, str] | None = None
+        self._setting: Setting | None = None
+        self._clients: dict[int, Client] = {}
+        self._sizes: dict[int, int] = {}
+
+    def welcome(self, context: Context) -> Client:
+        """A client as new, at the start of a run or when it begins again."""
+        place = Place.of(context)
+        self._clients.pop(place.client, None)
+        self._sizes.pop(place.client, None)
+        client = self._new(context, place)
+        if place.alive:
+            self._clients[place.client] = client
+        return client
+
+    @contextmanager
+    def at_work(self, context: Context, base: int) -> Iterator[Client]:
+        """A client for one message that starts from its state of round `base`; afterwards it is kept as it then is.
+
+        Where the work fails, a living client is left as it is and a durable one keeps the state it had.
+        """
+        place = Place.of(context)
+        store = Store(place.states, place.client)
+        client = self._clients.pop(place.client, None)
+        if client is None:
+            client = self._new(context, place)
+            if (held := store.load(base)) is not None:
+                client.roll_back(held)
+        if place.alive:
+            self._clients[place.client] = client
+            yield client
+            self._shrink(place)
+        else:
+            yield client
+            store.save(client.snapshot())
+
+    def _shrink(self, place: Place) -> None:
+        """Move clients to files, those used longest ago first, until the rest fits the budget."""
+        self._sizes[place.client] = self._clients[place.client].nbytes
+        total = sum(self._sizes.values())
+        for k in list(self._clients):
+            if total <= place.budget:
+                return
+            for held in self._clients.pop(k).states():
+                Store(place.states, k).save(held)
+            total -= self._sizes.pop(k, 0)
+
+    def _new(self, context: Context, place: Place) -> Client:
+        setting = self._settle(context, place)
+        parts = sources.parts(setting.config)
+        if not 0 <= place.client < len(parts):
+            raise InputError(f"expected a client from 0 to {len(parts) - 1}, got {place.client}")
+        return Client(setting, parts[place.client].take(setting.data.train), place.client)
+
+    def _settle(self, context: Context, place: Place) -> Setting:
+        """What all clients of this process share; another run begins with nobody here."""
+        run = (str(context.run_config["config"]), str(context.run_config["out"]))
+        if self._setting is None or self._run != run:
+            config = Config.from_yaml(run[0])
+            torch.set_num_threads(config.runtime.threads or place.threads)
+            self._run, self._setting = run, Setting(config, sources.dataset(config))
+            self._clients.clear()
+            self._sizes.clear()
+        return self._setting
+
+
+residents = Residents()
+"""This process's."""
