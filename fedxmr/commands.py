@@ -19,16 +19,14 @@ from fedxmr.errors import FederationError, InputError, unknown
 if TYPE_CHECKING:
     from fedxmr.config import Config
 
-OK, BAD_INPUT, FAILED, INTERRUPTED, TERMINATED = 0, 2, 3, 130, 143
-"""Exit codes: every round stood; bad input, nothing written; the federation could not go on, or its disk; Ctrl-C;
-SIGTERM."""
+OK, BAD_INPUT, FAILED, INTERRUPTED = 0, 2, 3, 130
+"""Exit codes: every round stood; bad input, nothing written; the federation could not go on, or its disk; Ctrl-C.
+
+SIGTERM and SIGHUP end a run as Ctrl-C does, with 143 and 129.
+"""
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Nothing is sent anywhere that the user did not ask for."""
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM came: the run ends as after Ctrl-C, leaving nothing behind."""
 
 
 class ProtocolName(StrEnum):
@@ -142,11 +140,13 @@ def run(command: Callable[..., None], arguments: Sequence[str] | None = None) ->
     os.environ.update(QUIET)
     application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     application.command()(command)
+    ended = Ended()
     try:
-        with terminable():
-            return int(application(arguments, standalone_mode=False) or OK)
-    except (click.exceptions.Abort, KeyboardInterrupt) as error:
-        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
+        with ended.by_signals():
+            code = int(application(arguments, standalone_mode=False) or OK)
+            return ended.code if code == INTERRUPTED else code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        return ended.code
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
     except InputError as error:
@@ -157,18 +157,26 @@ def run(command: Callable[..., None], arguments: Sequence[str] | None = None) ->
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED)
 
 
-@contextmanager
-def terminable() -> Iterator[None]:
-    """Within it SIGTERM raises Terminated, so that whatever is open is closed."""
+class Ended:
+    """Which signal ended a command. `code` is its exit code."""
 
-    def terminate(*_: object) -> NoReturn:
-        raise Terminated
+    def __init__(self) -> None:
+        self.code = INTERRUPTED
 
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    @contextmanager
+    def by_signals(self) -> Iterator[None]:
+        """Within it SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that whatever is open is closed."""
+
+        def end(signum: int, _: object) -> NoReturn:
+            self.code = 128 + signum  # noted, for the exception may be replaced on its way
+            raise KeyboardInterrupt
+
+        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def _complain(line: str, code: int) -> int:

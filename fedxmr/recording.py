@@ -61,6 +61,12 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def add_environment(out: Path, **facts: Any) -> None:
+    """Add to environment.json what is known only once an engine runs."""
+    path = out / "environment.json"
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **facts})
+
+
 END_PRODUCTS = ("summary.json", "retrieval.json", "pictures", "clients", "shared-*.safetensors")
 """What is there only when a run has ended."""
 

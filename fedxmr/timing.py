@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 
@@ -38,6 +38,15 @@ class Clock:
         finally:
             self._book()
             self._open.pop()
+
+    def shift(self, source: str, parts: Mapping[str, float]) -> None:
+        """Count seconds that were booked on `source` for other parts, at most as many as there are."""
+        self._book()
+        total = sum(parts.values())
+        share = min(1.0, self._seconds[source] / total) if total > 0 else 0.0
+        for name, seconds in parts.items():
+            self._seconds[name] += seconds * share
+            self._seconds[source] -= seconds * share
 
     def seconds(self) -> dict[str, float]:
         """The seconds of every part so far."""

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -33,7 +36,18 @@ class Engine:
 
         run_config: `config`, the configuration as YAML, `out`, the run folder, and `resume`.
         """
+        if self.name == "ray" and config.runtime.ray_address is None:
+            _guard()
         importlib.import_module(ENGINES[self.name]).run(server, client, config, run_config)
+
+
+def _guard() -> None:
+    """Let only who has a token talk to the private Ray: its processes listen on every address of the machine.
+
+    Ray looks at this once, when it is imported; where somebody has imported it already, it stays as they have it.
+    """
+    if "ray" not in sys.modules:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 
 def choose(runtime: RuntimeConfig) -> Engine:
