@@ -43,12 +43,9 @@ def place(runtime: RuntimeConfig, nodes: Sequence[Node], per_round: int, *, gpu:
     cores and three clients make one worker with two threads. Where it is said, as few workers as finish a round in the
     fewest waves. Raises InputError where what is asked is not there.
     """
+    if not nodes:
+        raise InputError("engine ray: expected a machine with a CPU, got none")
     cores, smallest = sum(node.cpus for node in nodes), min(node.cpus for node in nodes)
-    if cores < 1 or smallest < 1:
-        nodes = [node for node in nodes if node.cpus]
-        if not nodes:
-            raise InputError("engine ray: expected a node with a CPU, got none")
-        return place(runtime, nodes, per_round, gpu=gpu)
     gpus = (runtime.gpus_per_client or 1.0) if gpu else 0.0
     if runtime.gpus_per_client and not gpu:
         raise InputError(f"runtime.gpus_per_client: {runtime.gpus_per_client:g} cannot be had: there is no GPU to use")

@@ -50,6 +50,7 @@ class Worker:
         self._clients = clients
         self._config = config
         self._scratch = Path(tempfile.gettempdir()) / f"fedxmr-{run}"
+        self._life = ""
         self._own: Path | None = None
         self._out = Path()
         self._place: dict[str, Any] = {}
@@ -58,12 +59,14 @@ class Worker:
         """Which node and process this is: another after a restart."""
         return Where(ray.get_runtime_context().get_node_id(), os.getpid())
 
-    def settle(self, out: str | None, threads: int, share: int, budget: int | None, gpus: float) -> None:
-        """Take up work. out: the run folder, None where this machine does not have it.
+    def settle(self, life: str, out: str | None, threads: int, share: int, budget: int | None, gpus: float) -> None:
+        """Take up work. life: names this process's life until it settles again; one that Ray restarted has none.
 
+        out: the run folder, None where this machine does not have it.
         share: workers on this machine. budget: bytes for living clients of the machine; None: half its memory, or half
         of this worker's part of a GPU.
         """
+        self._life = life
         on_gpu = gpus > 0 and torch.cuda.is_available()
         if on_gpu and gpus < 1:
             torch.cuda.set_per_process_memory_fraction(gpus)
@@ -86,8 +89,13 @@ class Worker:
             "memory-budget": budget // share,
         }
 
-    def deliver(self, sent: Envelope, files: Files, names: Sequence[str], *buffers: Arrays) -> Answer:
-        """Let the ClientApp answer a message. names, buffers: its records of arrays."""
+    def deliver(self, life: str, sent: Envelope, files: Files, names: Sequence[str], *buffers: Arrays) -> Answer | None:
+        """Let the ClientApp answer a message. names, buffers: its records of arrays.
+
+        None where this is not the life the message is for: that one, and what was in its memory, has ended unnoticed.
+        """
+        if life != self._life:
+            return None
         before = clock.seconds()
         with clock.part("messages"):
             received = message(sent, dict(zip(names, buffers, strict=True)))

@@ -1,0 +1,137 @@
+"""Ray itself: a private one for the run, or a running cluster.
+
+A private Ray is started for this run, closed to anyone without its token, and gone after it, however it ends. A cluster
+is only ever joined by an address that was given, and keeps running.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+import torch
+from ray.exceptions import RayError
+
+from fedxmr.config import RuntimeConfig
+from fedxmr.engines.placement import Node
+from fedxmr.errors import InputError
+from fedxmr.machine import cores
+
+SOCKET_PATH = 40
+"""The longest path of a temporary folder below which Ray's sockets fit into the 107 bytes of a socket's name."""
+
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # as Ray does now: a worker without GPUs sees none
+    "GOMP_SPINCOUNT": "0",  # idle threads do not take the cores that other workers need
+}
+PRIVATE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # so soon Ray's processes end where this one is killed
+
+
+@contextmanager
+def opened(runtime: RuntimeConfig) -> Iterator[None]:
+    """Ray, while it lasts. Raises InputError where it cannot be had."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
+    if runtime.ray_address is None:
+        with _private(runtime):
+            yield
+        return
+    _reach(runtime.ray_address)
+    try:
+        _init(address=runtime.ray_address, runtime_env={"env_vars": ENVIRONMENT})
+        yield
+    finally:
+        ray.shutdown()
+
+
+def nodes() -> list[Node]:
+    """The living nodes that have a CPU."""
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
+    return [Node(int(r["CPU"]), int(r.get("GPU", 0))) for r in resources if r.get("CPU", 0) >= 1]
+
+
+@contextmanager
+def _private(runtime: RuntimeConfig) -> Iterator[None]:
+    usual = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="fedxmr-", dir=usual if len(usual) < SOCKET_PATH else "/tmp"))
+    gpus = 0 if runtime.device.startswith("cpu") else torch.cuda.device_count()
+    try:
+        with _environment({**ENVIRONMENT, **PRIVATE}):
+            _init(address="local", num_cpus=cores(), num_gpus=gpus, include_dashboard=False, _temp_dir=str(folder))
+        yield
+    finally:
+        ray.shutdown()
+        _end_processes(folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _init(address: str, **options: Any) -> None:
+    """ray.init, which takes SIGTERM for itself: what was there is put back. Raises InputError."""
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+    except SystemExit as error:  # SIGTERM came meanwhile
+        if callable(handler):
+            handler(signal.SIGTERM, None)
+        raise KeyboardInterrupt from error
+    except (RuntimeError, ValueError, OSError, RayError) as error:  # a ConnectionError is an OSError
+        who = "a private Ray" if address == "local" else f"the cluster at {address}"
+        raise InputError(f"engine ray: {who} cannot be used: {' '.join(str(error).split())}") from error
+    finally:
+        if in_main:
+            signal.signal(signal.SIGTERM, handler)
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Environment variables for the processes started within."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _end_processes(folder: Path) -> None:
+    """End what is left of a private Ray: its own shutdown knows nothing of a start that was interrupted."""
+    own = [process for process in psutil.Process().children() if str(folder) in " ".join(_command(process))]
+    left = [*own, *(below for process in own for below in process.children(recursive=True))]
+    for process in left:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)
+
+
+def _command(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:  # it ends just now
+        return []
+
+
+def _reach(address: str) -> None:
+    """See that somebody listens at a cluster's address: Ray itself would try for a minute. Raises InputError."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise InputError(f"runtime.ray_address: expected host:port, such as 10.0.0.1:6379, got {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise InputError(f"runtime.ray_address: nobody answers at {address}: {error}") from error
