@@ -7,12 +7,17 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from fedxmr import recording, sources
 from fedxmr.config import Config
-from fedxmr.errors import StateLost
+from fedxmr.data import Dataset
+from fedxmr.engines.carrier import scratch
+from fedxmr.errors import InputError, StateLost
 from fedxmr.progress import Progress
 from fedxmr.recording import Recorder
+from fedxmr.report import report
+from fedxmr.setting import check
 from server.federation import Federation
-from server.nodes import Nodes
+from server.nodes import FLOWER, Nodes
 from server.recovery import Recovery, go_back
 from server.standing import Standing
 
@@ -21,11 +26,38 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run a federation and fill its run folder. Raises FederationError where it cannot go on."""
+    """Run a federation and fill its run folder. Raises FederationError where it cannot go on.
+
+    The run-config's keys: `config`, as YAML text, and `out`, the run folder. Our own engines run where a command has
+    prepared that folder and reports afterwards; under Flower's own runtime all of it happens here.
+    """
     config = Config.from_yaml(str(context.run_config["config"]))
     out = Path(str(context.run_config["out"]))
-    standing = Standing.newest(out) if context.run_config.get("resume") else Standing()
-    nodes, recovery = Nodes(grid, config.federation), Recovery(config.federation)
+    nodes = Nodes(grid, config.federation)
+    if nodes.engine != FLOWER:
+        federate(config, out, nodes, resume=bool(context.run_config.get("resume")))
+        return
+    data = prepare(config, out)
+    with scratch(out):
+        federate(config, out, nodes)
+    report(config, data, out, pictures=True)
+
+
+def prepare(config: Config, out: Path) -> Dataset:
+    """Check everything that can be checked and make the run folder; the data set. Raises InputError."""
+    if not out.is_absolute():
+        raise InputError(f"out: expected an absolute path, got {str(out)!r}")
+    data = sources.dataset(config)
+    parts = sources.parts(config)
+    check(config, data)
+    recording.prepare(out, config, parts, overwrite=False)
+    return data
+
+
+def federate(config: Config, out: Path, nodes: Nodes, *, resume: bool = False) -> None:
+    """The whole run, in as many goes as it takes. resume: from the newest checkpoint."""
+    standing = Standing.newest(out) if resume else Standing()
+    recovery = Recovery(config.federation)
     with Progress(config, nodes.activity) as progress:
         while True:
             try:

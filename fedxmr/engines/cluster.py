@@ -28,6 +28,7 @@ from fedxmr.config import RuntimeConfig
 from fedxmr.engines.placement import Node
 from fedxmr.errors import InputError
 from fedxmr.machine import cores
+from fedxmr.timing import clock
 
 SOCKET_PATH = 40
 """The longest path of a temporary folder below which Ray's sockets fit into the 107 bytes of a socket's name."""
@@ -82,7 +83,8 @@ def _init(address: str, **options: Any) -> None:
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        with clock.part("start_up"):
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
     except SystemExit as error:  # SIGTERM came meanwhile
         if callable(handler):
             handler(signal.SIGTERM, None)

@@ -30,6 +30,9 @@ from fedxmr.timing import clock
 AHEAD = 2
 """Messages a worker has at a time: the one it works on, and the next, so that it does not wait for it."""
 
+INLINE = 50_000
+"""Bytes that are sent along with every message sooner than fetched from the object store."""
+
 WORK = ("fit", "evaluate", "state")
 """Parts of a worker's time that the driver waits for: of the worker that is done last they count as the driver's."""
 
@@ -169,12 +172,13 @@ class Exchange:
         self._activity.end(worker)
 
 
-def _client(message: Message) -> int:
-    return client_of(message.metadata.dst_node_id)
-
-
 def _stored(messages: Sequence[Message]) -> dict[int, Reference]:
     """What several messages carry, put into the object store once: the record's identity -> where it is."""
-    records = {id(record): record for message in messages for record in transport.array_records(message).values()}
-    carried = Counter(id(record) for message in messages for record in transport.array_records(message).values())
-    return {key: ray.put(transport.arrays(record)) for key, record in records.items() if carried[key] > 1}
+    carried = [record for message in messages for record in transport.array_records(message).values()]
+    times, records = Counter(map(id, carried)), {id(record): record for record in carried}
+    several = {key: transport.arrays(record) for key, record in records.items() if times[key] > 1}
+    return {key: ray.put(arrays) for key, arrays in several.items() if transport.size(arrays) > INLINE}
+
+
+def _client(message: Message) -> int:
+    return client_of(message.metadata.dst_node_id)

@@ -46,6 +46,11 @@ def arrays(record: ArrayRecord) -> Arrays:
     return [(n, a.dtype, tuple(a.shape), a.stype, np.frombuffer(a.data, np.uint8)) for n, a in record.items()]
 
 
+def size(buffers: Arrays) -> int:
+    """The bytes of all its arrays."""
+    return sum(len(data) for *_, data in buffers)
+
+
 def array_records(message: Message) -> dict[str, ArrayRecord]:
     """The records of arrays in a message."""
     return dict(message.content.array_records) if message.has_content() else {}

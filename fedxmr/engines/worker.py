@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -44,8 +45,12 @@ class Where:
 class Worker:
     """Answers messages with the ClientApp, one at a time."""
 
-    def __init__(self, app: str, clients: int, config: str, run: str) -> None:
-        """app: "module:attribute". config: as YAML. run: names the run's scratch folders."""
+    def __init__(self, app: str, clients: int, config: str, run: str, path: Sequence[str]) -> None:
+        """app: "module:attribute". config: as YAML. run: names the run's scratch folders.
+
+        path: sys.path of the driver, so that a learner from outside this package is found here too.
+        """
+        sys.path += [folder for folder in path if folder not in sys.path]
         self._app = load_app(app)
         self._clients = clients
         self._config = config

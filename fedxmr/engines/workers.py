@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,7 +64,7 @@ class Workers:
         self._make = ray.remote(Worker).options(
             **options, max_restarts=-1, max_task_retries=0, scheduling_strategy=spread
         )
-        self._arguments = (app, federation.clients, config.to_yaml(), secrets.token_hex(8))
+        self._arguments = (app, federation.clients, config.to_yaml(), secrets.token_hex(8), sys.path)
         self._actors: list[Handle] = []
         self._places: list[Where] = []
         self._lives: list[str] = []
