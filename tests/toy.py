@@ -6,6 +6,9 @@ counts the items seen. Its loss is the mean absolute first feature.
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Collection
 from pathlib import Path
 
@@ -22,7 +25,7 @@ class ToyConfig(BaseModel):
     step: float = 0.25
     abstains_without: str = ""
     misbehaves: dict[str, str] = {}
-    """Number of items seen -> raise, nan, negative or interrupt, perhaps " once": see `fit`."""
+    """Number of items seen -> raise, nan, negative, interrupt, hang or die, perhaps " once": see `fit`."""
     once: Path = Path()
 
 
@@ -59,6 +62,10 @@ class Toy:
                 loss = -1.0
             case "interrupt":
                 raise KeyboardInterrupt
+            case "hang":
+                time.sleep(3600)
+            case "die":
+                os.kill(os.getpid(), signal.SIGKILL)
         return Fit(loss, loss * epochs)
 
     def _misbehaviour(self) -> str:
