@@ -33,10 +33,10 @@ VERBS = {"train": "trains", "query.start": "starts", "query.finish": "is measure
 class Progress:
     """An open progress display on standard error."""
 
-    def __init__(self, config: Config, activity: Activity) -> None:
-        """activity: of the engine, which keeps it up to date."""
+    def __init__(self, config: Config, activity: Activity, console: Console | None = None) -> None:
+        """activity: of the engine, which keeps it up to date. console: standard error, unless given."""
         self._rounds = config.federation.rounds
-        self._console = Console(stderr=True, highlight=False)
+        self._console = console or Console(stderr=True, highlight=False)
         columns = (TextColumn("round"), MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
         times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
         self._bar = _Bar(activity, *columns, *times, console=self._console, disable=not self._console.is_terminal)
@@ -72,6 +72,16 @@ class Progress:
     def say(self, line: str) -> None:
         """One line that stays on the screen."""
         self._console.print(line, soft_wrap=True, markup=False)
+
+    @property
+    def renderable(self) -> RenderableType:
+        """What is on the screen now."""
+        return self._bar.get_renderable()
+
+    @property
+    def completed(self) -> float:
+        """The rounds done, those of the one in progress by its clients."""
+        return self._bar.tasks[0].completed
 
     @property
     def _figures(self) -> str:

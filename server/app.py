@@ -66,6 +66,14 @@ def federate(config: Config, out: Path, nodes: Nodes, *, resume: bool = False) -
             except StateLost as lost:
                 recovery.learn(lost)
                 standing = go_back(out, lost, standing)
-                progress.say(f"lost in round {lost.round}: {lost}; going on from round {standing.round}")
+                progress.say(f"states lost in {_when(lost)}: {lost}; going on from {_after(standing.round)}")
             else:
                 return
+
+
+def _when(lost: StateLost) -> str:
+    return f"round {lost.round}" if lost.round else "the start query"
+
+
+def _after(round: int) -> str:
+    return f"the checkpoint of round {round}" if round else "the start"

@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from fedxmr import wire
+from fedxmr.commands import say
 from fedxmr.config import Config
 from fedxmr.engines import cluster, transport
 from fedxmr.engines.placement import place
@@ -132,7 +133,7 @@ class Workers:
 
         Raises FederationError where none is left, or one cannot start.
         """
-        places = self._await()
+        places, before = self._await(), self._actors
         for worker, actor in enumerate(self._actors):
             if worker not in places:
                 ray.kill(actor)
@@ -140,6 +141,8 @@ class Workers:
         self._places = [places[worker] for worker in sorted(places)]
         if not self._actors:
             raise FederationError(f"engine ray: no worker answered within {self._patience:g} s")
+        if lost := len(before) - len(self._actors):
+            say(f"ray: {lost} of {len(before)} workers are gone for good; the others take over their clients")
         self._settle()
         self.complete = True
 
