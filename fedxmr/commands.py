@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
@@ -157,21 +159,36 @@ def run(command: Callable[..., None], arguments: Sequence[str] | None = None) ->
         return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED)
 
 
+CLOSING = 20.0
+"""Seconds a command has to close what is open after a signal; further signals are not heeded meanwhile."""
+
+
 class Ended:
     """Which signal ended a command. `code` is its exit code."""
 
     def __init__(self) -> None:
         self.code = INTERRUPTED
+        self._since = -math.inf
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
-        """Within it SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, so that whatever is open is closed."""
+        """Within it SIGINT, SIGTERM and SIGHUP raise KeyboardInterrupt, so that whatever is open is closed.
 
-        def end(signum: int, _: object) -> NoReturn:
-            self.code = 128 + signum  # noted, for the exception may be replaced on its way
+        A signal that was ignored before (SIGHUP under nohup, say) still is.
+        """
+
+        def end(number: int, _: object) -> None:
+            if time.monotonic() < self._since + CLOSING:
+                return
+            self.code = 128 + number  # noted, for the exception may be replaced on its way
+            self._since = time.monotonic()
             raise KeyboardInterrupt
 
-        before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGHUP)}
+        before = {
+            number: signal.signal(number, end)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if signal.getsignal(number) != signal.SIG_IGN
+        }
         try:
             yield
         finally:

@@ -36,7 +36,7 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         for entry in summary[kind]:
             say(f"{kind}: client {entry['client']} in round {entry['round']}: {entry['reason']}")
     if summary["test"]["selected"] is None:
-        say(f"evaluation was off\n{_costs(summary)}")
+        say(f"{'evaluation was off' if config.evaluation.every == 0 else 'no round was selected'}\n{_costs(summary)}")
         return summary
     items = data.all_test if config.evaluation.on == "all-test" else data.test
     chosen = [k for k in panel(config) if (out / "clients" / str(k) / "selected.safetensors").is_file()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -34,7 +35,10 @@ def size(state: Mapping[str, Tensor]) -> int:
 
 
 def save(path: Path, state: State, about: Mapping[str, Any]) -> None:
-    """Write a state and JSON facts `about` it, atomically: a reader sees the old file or the new one."""
+    """Write a state and JSON facts `about` it, atomically: a reader sees the old file or the new one.
+
+    Raises OSError where it cannot be written.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -42,6 +46,8 @@ def save(path: Path, state: State, about: Mapping[str, Any]) -> None:
         text = json.dumps(dict(about))
         save_file(tensors, temporary, {"about": text, "sha256": _checksum(state, text)})
         temporary.replace(path)
+    except SafetensorError as error:  # a full disk, say
+        raise OSError(errno.EIO, f"cannot be written: {error}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
 

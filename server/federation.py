@@ -291,6 +291,8 @@ class Federation:
                 self._fail(wire.FINISH, last + 1, client, reply)
             else:
                 reports.append(wire.unpack_report(reply.content))
+        if not reports:
+            raise FederationError("no client gave its final model")
         return reports
 
 

@@ -44,9 +44,12 @@ class Engine:
 def _guard() -> None:
     """Let only who has a token talk to the private Ray: its processes listen on every address of the machine.
 
-    Ray looks at this once, when it is imported; where somebody has imported it already, it stays as they have it.
+    And let nothing that is meant for another Ray reach it. Ray looks at this once, when it is imported; where somebody
+    has imported it already, it stays as they have it.
     """
     if "ray" not in sys.modules:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            del os.environ[name]
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
 
 

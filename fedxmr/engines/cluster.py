@@ -11,27 +11,32 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
 import torch
-from ray.exceptions import RayError
 
 from fedxmr.config import RuntimeConfig
 from fedxmr.engines.placement import Node
-from fedxmr.errors import InputError
+from fedxmr.errors import FederationError, InputError
 from fedxmr.machine import cores
 from fedxmr.timing import clock
 
-SOCKET_PATH = 40
+TEMPORARY = 27
 """The longest path of a temporary folder below which Ray's sockets fit into the 107 bytes of a socket's name."""
+
+PATIENCE = 30.0
+"""Seconds a cluster has to say that it is one."""
 
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -41,18 +46,25 @@ ENVIRONMENT = {
 PRIVATE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # so soon Ray's processes end where this one is killed
 
 
+VITAL = ("raylet", "gcs_server")
+"""The processes without which a private Ray is none."""
+
+Check = Callable[[], None]
+"""Raises FederationError where Ray itself has died. Ray would end this process, some time later, without a word."""
+
+
 @contextmanager
-def opened(runtime: RuntimeConfig) -> Iterator[None]:
+def opened(runtime: RuntimeConfig) -> Iterator[Check]:
     """Ray, while it lasts. Raises InputError where it cannot be had."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="ray")
     if runtime.ray_address is None:
-        with _private(runtime):
-            yield
+        with _private(runtime) as check:
+            yield check
         return
-    _reach(runtime.ray_address)
+    _ask(runtime.ray_address)
     try:
         _init(address=runtime.ray_address, runtime_env={"env_vars": ENVIRONMENT})
-        yield
+        yield partial(_check_cluster, runtime.ray_address)
     finally:
         ray.shutdown()
 
@@ -64,14 +76,15 @@ def nodes() -> list[Node]:
 
 
 @contextmanager
-def _private(runtime: RuntimeConfig) -> Iterator[None]:
+def _private(runtime: RuntimeConfig) -> Iterator[Check]:
     usual = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="fedxmr-", dir=usual if len(usual) < SOCKET_PATH else "/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="fedxmr-", dir=usual if len(usual) <= TEMPORARY else "/tmp"))
     gpus = 0 if runtime.device.startswith("cpu") else torch.cuda.device_count()
     try:
         with _environment({**ENVIRONMENT, **PRIVATE}):
             _init(address="local", num_cpus=cores(), num_gpus=gpus, include_dashboard=False, _temp_dir=str(folder))
-        yield
+        folder.chmod(0o700)  # Ray opens it to everybody
+        yield partial(_check_processes, [p for p in psutil.Process().children() if p.name() in VITAL])
     finally:
         ray.shutdown()
         _end_processes(folder)
@@ -79,7 +92,10 @@ def _private(runtime: RuntimeConfig) -> Iterator[None]:
 
 
 def _init(address: str, **options: Any) -> None:
-    """ray.init, which takes SIGTERM for itself: what was there is put back. Raises InputError."""
+    """ray.init, which takes SIGTERM for itself: what was there is put back.
+
+    Raises InputError where a cluster cannot be joined, FederationError where a private Ray does not start.
+    """
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.getsignal(signal.SIGTERM)
     try:
@@ -89,9 +105,11 @@ def _init(address: str, **options: Any) -> None:
         if callable(handler):
             handler(signal.SIGTERM, None)
         raise KeyboardInterrupt from error
-    except (RuntimeError, ValueError, OSError, RayError) as error:  # a ConnectionError is an OSError
-        who = "a private Ray" if address == "local" else f"the cluster at {address}"
-        raise InputError(f"engine ray: {who} cannot be used: {' '.join(str(error).split())}") from error
+    except Exception as error:  # Ray raises that itself, and whatever it trips on
+        why = " ".join(str(error).split())
+        if address == "local":
+            raise FederationError(f"engine ray: a private Ray does not start: {why}") from error
+        raise InputError(f"engine ray: the cluster at {address} cannot be joined: {why}") from error
     finally:
         if in_main:
             signal.signal(signal.SIGTERM, handler)
@@ -128,12 +146,39 @@ def _command(process: psutil.Process) -> list[str]:
         return []
 
 
-def _reach(address: str) -> None:
-    """See that somebody listens at a cluster's address: Ray itself would try for a minute. Raises InputError."""
+def _check_processes(processes: Sequence[psutil.Process]) -> None:
+    for process in processes:
+        if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+            raise FederationError("engine ray: one of Ray's own processes, raylet or gcs_server, has died")
+
+
+def _check_cluster(address: str) -> None:
+    if (silence := _silence(address)) is not None:
+        raise FederationError(f"engine ray: the cluster is gone: {silence}")
+
+
+def _ask(address: str) -> None:
+    """See that a cluster is at an address. Raises InputError; Ray itself would wait for a minute, or for ever."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise InputError(f"runtime.ray_address: expected host:port, such as 10.0.0.1:6379, got {address!r}")
+    if (silence := _silence(address)) is not None:
+        raise InputError(f"runtime.ray_address: {silence}")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        subprocess.run(command, capture_output=True, timeout=PATIENCE, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError) as error:
+        raise InputError(
+            f"runtime.ray_address: expected a Ray cluster of version {ray.__version__} at {address}, "
+            f"and its token where it has one, but `ray health-check` does not succeed there"
+        ) from error
+
+
+def _silence(address: str) -> str | None:
+    """Why nobody can be reached at an address; None where somebody listens."""
+    host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise InputError(f"runtime.ray_address: nobody answers at {address}: {error}") from error
+        return f"nobody answers at {address}: {error}"
+    return None

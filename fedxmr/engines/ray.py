@@ -16,6 +16,7 @@ from typing import Any
 import ray
 from flwr.app import Message
 from flwr.serverapp import ServerApp
+from ray.exceptions import RayError
 
 from fedxmr.activity import Activity
 from fedxmr.commands import say
@@ -23,12 +24,15 @@ from fedxmr.config import Config
 from fedxmr.engines import cluster, transport
 from fedxmr.engines.carrier import SERVER_NODE, CarrierGrid, client_of, context, error_reply, scratch
 from fedxmr.engines.workers import Reference, WorkerLost, Workers
-from fedxmr.errors import StateLost
+from fedxmr.errors import FederationError, StateLost
 from fedxmr.recording import add_environment
 from fedxmr.timing import clock
 
 AHEAD = 2
 """Messages a worker has at a time: the one it works on, and the next, so that it does not wait for it."""
+
+LOOK = 2.0
+"""Seconds between two looks at whether Ray itself lives."""
 
 INLINE = 50_000
 """Bytes that are sent along with every message sooner than fetched from the object store."""
@@ -43,13 +47,16 @@ def run(server: ServerApp, client: str, config: Config, run_config: Mapping[str,
     Raises InputError where Ray, the cluster or what is asked of it is not there.
     """
     out = Path(str(run_config["out"]))
-    with scratch(out), cluster.opened(config.runtime), Workers(client, config, out) as workers:
+    with scratch(out), cluster.opened(config.runtime) as check, Workers(client, config, out, check) as workers:
         threads = config.runtime.threads or workers.placement.threads
         gpus = workers.placement.gpus
         facts = {"workers": len(workers), "machines": workers.machines, "threads": threads, "gpus_per_worker": gpus}
         add_environment(out, **facts)
         say("ray: " + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in facts.items() if value))
-        server(RayGrid(workers, config), context(SERVER_NODE, {}, run_config))
+        try:
+            server(RayGrid(workers, config), context(SERVER_NODE, {}, run_config))
+        except RayError as error:
+            raise FederationError(f"engine ray: {' '.join(str(error).split())}") from error
 
 
 class RayGrid(CarrierGrid):
@@ -60,6 +67,7 @@ class RayGrid(CarrierGrid):
     def __init__(self, workers: Workers, config: Config) -> None:
         super().__init__(config.federation.clients)
         self._workers = workers
+        self._checked = time.monotonic()
         self._deadline = config.federation.deadline
 
     def exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
@@ -67,6 +75,9 @@ class RayGrid(CarrierGrid):
         if not messages:
             return []
         with clock.part("messages"):
+            if time.monotonic() > self._checked + LOOK:  # a worker may go on answering for a while
+                self._workers.check()
+                self._checked = time.monotonic()
             if not self._workers.complete:
                 self._workers.ready()
             seconds = self._deadline if timeout is None else timeout
@@ -108,10 +119,12 @@ class Exchange:
             self._send(worker)
         while working := {sent[0][0]: worker for worker, sent in self._sent.items() if sent}:
             first = min(self._since[worker] for worker in working.values())
-            answered, _ = ray.wait(list(working), timeout=max(first + self._seconds - time.monotonic(), 0))
+            left = max(first + self._seconds - time.monotonic(), 0)
+            answered, _ = ray.wait(list(working), timeout=min(left, LOOK))
             for reference in answered:
                 self._receive(working[reference], reference)
             if not answered:
+                self._workers.check()
                 self._end_late()
             if not self.died and not self.hung:
                 for worker in self._waiting:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,10 +35,10 @@ class Answer:
 
 @dataclass(frozen=True)
 class Where:
-    """The process a worker runs in."""
+    """The node a worker is on, and the folder where all workers there keep files of a run folder they do not have."""
 
     node: str
-    process: int
+    scratch: str
 
 
 class Worker:
@@ -61,8 +60,8 @@ class Worker:
         self._place: dict[str, Any] = {}
 
     def where(self) -> Where:
-        """Which node and process this is: another after a restart."""
-        return Where(ray.get_runtime_context().get_node_id(), os.getpid())
+        """Which node this is: perhaps another after a restart."""
+        return Where(ray.get_runtime_context().get_node_id(), str(self._scratch))
 
     def settle(self, life: str, out: str | None, threads: int, share: int, budget: int | None, gpus: float) -> None:
         """Take up work. life: names this process's life until it settles again; one that Ray restarted has none.
@@ -119,11 +118,6 @@ class Worker:
             written = self._take_files() if self._own is not None else {}
         spent = {part: seconds - before.get(part, 0.0) for part, seconds in clock.seconds().items()}
         return Answer(envelope(reply), back, written, spent)
-
-    def close(self) -> None:
-        """Remove what this machine holds of the run, also what a worker left that died here."""
-        if self._own is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _take_files(self) -> Files:
         """What is in this machine's run folder, which is empty afterwards."""

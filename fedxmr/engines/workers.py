@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ import ray
 from flwr.app import Message
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedxmr import wire
 from fedxmr.commands import say
@@ -32,6 +34,9 @@ log = logging.getLogger(__name__)
 Handle = ActorHandle[Worker]
 Reference = ray.ObjectRef[Any]
 
+REMOVAL = 10.0
+"""Seconds that other machines have to remove their files."""
+
 POLL = 0.5
 """Seconds between two looks at a cluster that is being waited for."""
 
@@ -43,11 +48,11 @@ class WorkerLost(Exception):
 class Workers:
     """The actors of a run. Client k lives in number k mod their number.
 
-    complete: False from the loss of one until `ready` was called again.
+    complete: False from the loss of one until `ready` was called again. check: as given.
     """
 
-    def __init__(self, app: str, config: Config, out: Path) -> None:
-        """app: "module:attribute" of the ClientApp. out: the run folder.
+    def __init__(self, app: str, config: Config, out: Path, check: cluster.Check) -> None:
+        """app: "module:attribute" of the ClientApp. out: the run folder. check: that Ray itself lives.
 
         Raises InputError where what the configuration asks for is not there.
         """
@@ -55,6 +60,7 @@ class Workers:
         nodes = cluster.nodes()
         gpu = any(node.gpus for node in nodes) and not runtime.device.startswith("cpu")
         self.placement = place(runtime, nodes, federation.sample or federation.clients, gpu=gpu)
+        self.check = check
         self.complete = False
         self._budget = runtime.memory_budget
         self._out = out
@@ -68,6 +74,7 @@ class Workers:
         self._arguments = (app, federation.clients, config.to_yaml(), secrets.token_hex(8), sys.path)
         self._actors: list[Handle] = []
         self._places: list[Where] = []
+        self._seen: set[Where] = set()
         self._lives: list[str] = []
 
     def __enter__(self) -> Self:
@@ -78,12 +85,19 @@ class Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove scratch folders on other machines, as far as workers answer, and end them all."""
-        away = [actor for actor, at in zip(self._actors, self._places, strict=False) if at.node != self._here]
-        if away:
-            ray.wait([actor.close.remote() for actor in away], num_returns=len(away), timeout=5)
+        """End them all, and remove what they kept on other machines."""
         for actor in self._actors:
             ray.kill(actor)
+        remove: Any = ray.remote(shutil.rmtree)
+        removals = [
+            remove.options(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(at.node, soft=False)).remote(
+                at.scratch, ignore_errors=True
+            )
+            for at in self._seen
+            if at.node != self._here
+        ]
+        if removals:
+            ray.wait(removals, num_returns=len(removals), timeout=REMOVAL)
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -139,6 +153,7 @@ class Workers:
                 ray.kill(actor)
         self._actors = [actor for worker, actor in enumerate(self._actors) if worker in places]
         self._places = [places[worker] for worker in sorted(places)]
+        self._seen |= set(self._places)
         if not self._actors:
             raise FederationError(f"engine ray: no worker answered within {self._patience:g} s")
         if lost := len(before) - len(self._actors):
@@ -153,6 +168,7 @@ class Workers:
         places: dict[int, Where] = {}
         while asked and (left := end - time.monotonic()) > 0:
             answered, _ = ray.wait(list(asked), timeout=min(left, POLL))
+            self.check()
             for reference in answered:
                 worker = asked.pop(reference)
                 try:

@@ -31,14 +31,14 @@ def cluster(monkeypatch) -> Iterator[Cluster]:
     for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):  # of a private Ray that this process had
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    before = ray_processes()
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
     try:
         made.nodes = [made.add_node(num_cpus=1) for _ in range(2)]
         yield made
     finally:
+        started = ray_processes(os.getpid())
         made.shutdown()
-        assert left_after(20, before) == []
+        assert left_after(20, started) == []
 
 
 def simulate(cluster: Cluster, out: Path, *arguments: str) -> subprocess.Popen[str]:

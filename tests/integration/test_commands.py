@@ -267,3 +267,22 @@ def test_the_two_processes_of_one_seed_agree(tmp_path):
         command = [sys.executable, "-m", "fedxmr.simulate", *SMALL, "--no-pictures", "--out", str(tmp_path / name)]
         subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120, env={**os.environ})
     assert same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+def test_a_signal_that_was_ignored_still_is(monkeypatch):
+    """As SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with commands.Ended().by_signals():
+            signal.raise_signal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_only_the_first_of_several_signals_is_heeded():
+    ended = commands.Ended()
+    with ended.by_signals():
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert ended.code == 143

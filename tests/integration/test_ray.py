@@ -6,11 +6,14 @@ import gc
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -51,35 +54,43 @@ pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pyte
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind() -> Iterator[None]:
-    before = ray_processes()
     yield
     gc.collect()  # here, where the warnings that this brings are ignored
     assert not ray.is_initialized()
     assert not list(Path("/dev/shm").glob("*plasma*"))
-    assert left_after(20, before) == []
+    assert left_after(20, ray_processes(os.getpid())) == []
 
 
-def ray_processes() -> set[int]:
-    """Living processes of any Ray."""
+def ray_processes(of: int) -> set[psutil.Process]:
+    """Ray's processes among those a process has started."""
     found = set()
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or [])
-        names = ("ray::", "/raylet/raylet", "gcs_server", "/ray/dashboard/", "log_monitor.py")
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(name in line for name in names):
-            found.add(process.pid)
+    for process in psutil.Process(of).children(recursive=True):
+        with suppress(psutil.Error):
+            line = " ".join(process.cmdline())
+            if any(
+                name in line for name in ("ray::", "/raylet/raylet", "gcs_server", "/ray/dashboard/", "/log_monitor")
+            ):
+                found.add(process)
     return found
+
+
+def left_after(seconds: float, processes: set[psutil.Process]) -> list[int]:
+    """Those that do not end in time; one that has, and that nobody has waited for yet, has ended."""
+    end = time.monotonic() + seconds
+    while (left := [p.pid for p in processes if lives(p)]) and time.monotonic() < end:
+        time.sleep(0.1)
+    return left
+
+
+def lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def shared_memory() -> set[Path]:
     return set(Path("/dev/shm").iterdir())
-
-
-def left_after(seconds: float, before: set[int]) -> list[int]:
-    """What has come since and is still there: the end of processes is not waited for by the system."""
-    end = time.monotonic() + seconds
-    while (left := ray_processes() - before) and time.monotonic() < end:
-        time.sleep(0.1)
-    return sorted(left)
 
 
 @pytest.mark.parametrize(
@@ -253,14 +264,15 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
 )
 @pytest.mark.parametrize("when", ["checkpoint", "config.yaml"], ids=["in a round", "while Ray starts"])
 def test_no_way_of_ending_leaves_a_process_or_shared_memory_behind(tmp_path, number, code, when):
-    before, shared = ray_processes(), shared_memory()
+    shared = shared_memory()
     out = tmp_path / "run"
     arguments = ("--engine", "ray", "--device", "cpu", "--workers", "2", "federation.rounds=100000", "--out", str(out))
     with start(*arguments, TMPDIR=str(tmp_path)) as process:
         try:
             wait_for(out / when, process)
             if when == "config.yaml":
-                wait_for_ray(before, process)
+                wait_for_ray(process)
+            started = ray_processes(process.pid)
             process.send_signal(number)
             shown, error = process.communicate(timeout=60)
         finally:
@@ -271,13 +283,59 @@ def test_no_way_of_ending_leaves_a_process_or_shared_memory_behind(tmp_path, num
         assert f"what was measured so far is in {out}" in shown
         assert not list(tmp_path.glob("fedxmr-*"))
     # of a driver that was killed, Ray's processes find out by themselves
-    assert left_after(90 if number == signal.SIGKILL else 10, before) == []
+    assert left_after(90 if number == signal.SIGKILL else 10, started) == []
     assert shared_memory() <= shared
 
 
-def wait_for_ray(before: set[int], process: subprocess.Popen[str]) -> None:
+@pytest.mark.parametrize("pause", [0.01, 0.2])
+def test_a_second_ctrl_c_does_not_disturb_the_closing(tmp_path, pause):
+    out = tmp_path / "run"
+    arguments = ("--engine", "ray", "--device", "cpu", "federation.rounds=100000", "--out", str(out))
+    with start(*arguments, TMPDIR=tempfile.mkdtemp(prefix="t", dir="/tmp")) as process:
+        try:
+            wait_for(out / "checkpoint", process)
+            started = ray_processes(process.pid)
+            for _ in range(4):
+                process.send_signal(signal.SIGINT)
+                time.sleep(pause)
+            process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert left_after(10, started) == []
+
+
+@pytest.mark.parametrize("name", ["raylet", "gcs_server"])
+def test_the_death_of_ray_itself_ends_the_run_in_one_line(tmp_path, name):
+    out = tmp_path / "run"
+    arguments = ("--engine", "ray", "--device", "cpu", "federation.rounds=100000", "--out", str(out))
+    with start(*arguments) as process:
+        try:
+            wait_for(out / "checkpoint" / "round-5", process)
+            (vital,) = [child for child in psutil.Process(process.pid).children() if child.name() == name]
+            vital.kill()
+            shown, error = process.communicate(timeout=90)
+        finally:
+            process.kill()
+    assert process.returncode == commands.FAILED
+    assert "error: engine ray: one of Ray's own processes, raylet or gcs_server, has died" in error
+    assert f"--resume {out}" in shown
+
+
+def test_something_else_at_the_address_of_a_cluster_is_told_within_a_deadline(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fedxmr.engines.cluster.PATIENCE", 3.0)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(50)
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        out = ["--out", str(tmp_path / "run")]
+        assert commands.run(simulate, [*SMALL, "--ray-address", address, *out]) == commands.BAD_INPUT
+    assert f"at {address}, and its token where it has one" in capsys.readouterr().err
+
+
+def wait_for_ray(process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 60
-    while not ray_processes() - before:
+    while not ray_processes(process.pid):
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.02)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 
 from fedxmr import state
 from fedxmr.errors import InputError
@@ -73,3 +74,14 @@ def test_the_digest_sees_names_shapes_types_and_bits_but_not_order():
         {**STATE, "b": torch.tensor(-1.5, dtype=torch.float64)},
     ):
         assert state.sha256(other) != state.sha256(STATE)
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_disk(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr(state, "save_file", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        state.save(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {})
+    assert caught.value.filename == str(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
