@@ -226,17 +226,13 @@ class DRSL:
         data = data.to(self._device)
         features = {m: data.features[m].float() for m in data.modalities}
         labels = {m: data.labels[data.rows[m]].float() for m in data.modalities}
+        sizes = {m: len(x) for m, x in features.items()}
         with self._network.training(proximal) as step:
             for _ in range(epochs):
-                for rows in _batches({m: len(x) for m, x in features.items()}, config.batch_size, rng, self._device):
-                    z = {m: self._tower(m, features[m][rows[m]]) for m in rows}
-                    y = {m: labels[m][rows[m]] for m in rows}
+                for rows in _batches(sizes, config.batch_size, rng, self._device):
+                    y = {m: labels[m][index] for m, index in rows.items()}
                     targets = {(a, b): same_class(y[a], y[b], config.similar) for a, b in pairs}
-                    terms = [
-                        drsl_loss(self._relate(z[a], z[b], (a, b)), s, config.pos_weight)
-                        for (a, b), s in targets.items()
-                    ]
-                    loss = torch.stack(terms).mean()
+                    loss = self._loss({m: features[m][index] for m, index in rows.items()}, targets)
                     step(loss)
                     count = sum(s.numel() for s in targets.values())
                     losses.add(loss, count)
@@ -281,21 +277,23 @@ class DRSL:
         of = name.split(".")
         return [pair for pair in self._pairs if (of[1] in pair if of[0] == "towers" else pair == (of[1], of[2]))]
 
+    def _loss(self, x: Mapping[str, Tensor], targets: Mapping[tuple[str, str], Tensor]) -> Tensor:
+        """L of a batch: features by modality, S by pair of modalities; the mean over the pairs of modalities."""
+        z = {m: self._tower(m, of) for m, of in x.items()}
+        weight = self._config.pos_weight
+        return torch.stack(
+            [drsl_loss(self._relate(z[a], z[b], (a, b)), s, weight) for (a, b), s in targets.items()]
+        ).mean()
+
     def _tower(self, modality: str, x: Tensor) -> Tensor:
         for layer in range(len(self._config.hidden) + 1):
             x = self._network.linear(f"towers.{modality}.{layer}", x).relu()
         return x
 
     def _relate(self, first: Tensor, second: Tensor, pair: tuple[str, str]) -> Tensor:
-        a, b = pair
-        parameters = self._network.parameters
-        network = Relation(
-            *(
-                parameters[f"relations.{a}.{b}.{layer}.{p}"]
-                for layer in ("hidden", "output")
-                for p in ("weight", "bias")
-            )
-        )
+        layer = f"relations.{pair[0]}.{pair[1]}"
+        names = (f"{layer}.{part}" for part in ("hidden.weight", "hidden.bias", "output.weight", "output.bias"))
+        network = Relation(*(self._network.parameters[name] for name in names))
         related = relate(first, second, network, self._config.fusion)
         return related.sigmoid() if self._config.output == "sigmoid" else related
 
