@@ -10,6 +10,7 @@ from fedxmr.types import Learner
 
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
+    "mccn": "fedxmr.learners.mccn:MCCN",
 }
 """Name -> "module:Class", imported when asked for: nobody waits for a learner they do not use."""
 
