@@ -30,8 +30,8 @@ Where the paper is silent or contradicts itself:
   is part of the state, a row nobody owns stays zero in the federation, and a client that joins late goes on from the
   prototypes it receives. With a proximal term a row starts at the minimum of |o - mean|^2 / 2 + mu |o - anchor|^2 / 2.
 - Reported is the mean per-sample loss, also where the loss is eq. 11's: that one grows with the batch and the classes.
-- Without clustering (`loss: pairwise`, Table 5's "w/o MCC") the loss is l2 of DSCMR, "pair-wise constraints as [47]", and
-  there are no prototypes.
+- Without clustering (`loss: pairwise`, Table 5's "w/o MCC") the loss is l2 of DSCMR, the "pair-wise constraints" of
+  [47], and there are no prototypes.
 """
 
 from __future__ import annotations
