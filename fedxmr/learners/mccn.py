@@ -29,6 +29,7 @@ Where the paper is silent or contradicts itself:
   modalities; from then on it is trained like a weight. While zero it is nobody's wrong prototype. So "not yet started"
   is part of the state, a row nobody owns stays zero in the federation, and a client that joins late goes on from the
   prototypes it receives. With a proximal term a row starts at the minimum of |o - mean|^2 / 2 + mu |o - anchor|^2 / 2.
+  FedCMR's W_0 is recorded before a stage, so eq. 6 takes a row's start for a change: W_0 is zero there.
 - Reported is the mean per-sample loss, also where the loss is eq. 11's: that one grows with the batch and the classes.
 - Without clustering (`loss: pairwise`, Table 5's "w/o MCC") the loss is l2 of DSCMR, the "pair-wise constraints" of
   [47], and there are no prototypes.

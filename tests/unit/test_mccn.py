@@ -395,6 +395,24 @@ def test_clients_that_own_different_classes_average_the_rows_they_own():
     assert not server["prototypes"][3].any()
 
 
+def test_a_client_of_one_class_learns_from_the_prototypes_of_the_others():
+    shards = [items([c] * 6, seed=c) for c in range(3)]
+    models = [learner(optimizer={"lr": 0.01}) for _ in shards]
+    names = models[0].common
+    server = models[0].state(names)
+    for round in range(2):
+        updates = []
+        for client, (model, data) in enumerate(zip(models, shards, strict=True)):
+            model.load(server)
+            fit = model.fit(data, 10, generator(round, "fit"))
+            assert (fit.loss > 0) == (round > 0)  # alone, there is no wrong prototype
+            updates.append(Contribution(client, 6, data.labels.sum(0), fit.loss, model.state(names)))
+        server = combine(server, updates, torch.full((3,), 1 / 3), models[0].by_class)
+    for client, (model, data) in enumerate(zip(models, shards, strict=True)):
+        nearest = distances(model.encode("image", data.features["image"]), server["prototypes"][:3]).argmin(1)
+        assert (nearest == client).all()
+
+
 def test_trained_items_find_their_own_class_first():
     g = generator(0, "classes")
     labels = torch.eye(4, dtype=torch.bool)[torch.arange(40) % 4]
