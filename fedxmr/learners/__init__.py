@@ -11,6 +11,7 @@ from fedxmr.types import Learner
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
     "drsl": "fedxmr.learners.drsl:DRSL",
+    "mccn": "fedxmr.learners.mccn:MCCN",
 }
 """Name -> "module:Class", imported when asked for: nobody waits for a learner they do not use."""
 
