@@ -22,7 +22,7 @@ def simulate(
     data_dir: commands.DataDir = None,
     clients: Annotated[int | None, option("how many data owners")] = None,
     sample: Annotated[int | None, option("clients per round, drawn from (seed, round); default: all")] = None,
-    partition: Annotated[str | None, option("iid, dirichlet, shards, quantity or missing-modality")] = None,
+    partition: Annotated[str | None, option("iid, dirichlet, shards, quantity, missing-modality or unpaired")] = None,
     strategy: Annotated[str | None, option("fedcmr (default), fedavg, fedprox or local")] = None,
     learner: commands.LearnerName = None,
     rounds: commands.Rounds = None,
