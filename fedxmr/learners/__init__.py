@@ -10,6 +10,7 @@ from fedxmr.types import Learner
 
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
+    "jfse": "fedxmr.learners.jfse:JFSE",
 }
 """Name -> "module:Class", imported when asked for: nobody waits for a learner they do not use."""
 
