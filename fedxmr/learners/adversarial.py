@@ -44,7 +44,7 @@ def critic_loss(critic: Critic, real: Tensor, synthetic: Tensor, c: Tensor, mix:
     of_x, of_c = torch.split(critic.weight, [d, c.shape[1]], dim=1)
     hidden = F.linear(torch.cat([real, synthetic, between]), of_x) + F.linear(c, of_c, critic.bias).repeat(3, 1)
     values = F.linear(F.leaky_relu(hidden[: 2 * n], SLOPE), critic.value)
-    slope = torch.where(hidden[2 * n :] > 0, 1.0, SLOPE) * critic.value @ of_x
+    slope = torch.where(hidden[2 * n :] > 0, critic.value, SLOPE * critic.value) @ of_x
     norm = (slope.square().sum(1) + 1e-12).sqrt()
     return values[n:].mean() - values[:n].mean() + penalty * (norm - 1).square().mean()
 

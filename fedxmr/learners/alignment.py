@@ -105,7 +105,7 @@ def _projection(query: Tensor, gallery: Tensor, match: Tensor) -> Tensor:
     """mean_i sum_j p_ij log(p_ij / (q_ij + epsilon)) over the rows i that match something; eq. 11 for p."""
     log_p = torch.log_softmax(query @ unit_rows(gallery).T, dim=1)
     matches = match.sum(1, keepdim=True)
-    q = match / matches.clamp(min=1)
+    q = match.to(log_p.dtype) / matches.clamp(min=1)
     divergence = (log_p.exp() * (log_p - (q + EPSILON).log())).sum(1)
     has = matches[:, 0] > 0
     return (divergence * has).sum() / has.sum().clamp(min=1)
