@@ -11,27 +11,42 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
+
+from fedxmr.learners.training import linear
 
 SLOPE = 0.2
 """Of the leaky ReLUs: TensorFlow's default, which JFSE's authors used."""
 
 
 class Critic(NamedTuple):
-    """A critic's parameters: D(x, c) = value . leaky_relu(weight [x; c] + bias). [h, d + s], [h], [1, h]."""
+    """A critic's parameters: D(x, c) = value . leaky_relu(features x + classes c + bias).
 
-    weight: Tensor
+    features [h, d] and classes [h, s], together one layer on [x; c], which apart need not be joined nor divided;
+    bias [h], value [1, h].
+    """
+
+    features: Tensor
+    classes: Tensor
     bias: Tensor
     value: Tensor
 
+    @classmethod
+    def drawn(cls, d: int, s: int, hidden: int, rng: Generator | None, device: torch.device) -> Critic:
+        """A critic as two layers of torch.nn.Linear would start."""
+        weight, bias = linear(d + s, hidden, rng, device)
+        value, _ = linear(hidden, 1, rng, device)
+        features, classes = torch.split(weight, [d, s], dim=1)
+        return cls(features.contiguous(), classes.contiguous(), bias, value)
+
     def __call__(self, x: Tensor, c: Tensor) -> Tensor:
         """[n, d] features and [n, s] class vectors -> [n]."""
-        hidden = F.linear(torch.cat([x, c], dim=1), self.weight, self.bias)
+        hidden = F.linear(x, self.features) + F.linear(c, self.classes, self.bias)
         return F.linear(F.leaky_relu(hidden, SLOPE), self.value)[:, 0]
 
     def frozen(self) -> Critic:
         """The same critic, into which no gradient flows."""
-        return Critic(self.weight.detach(), self.bias.detach(), self.value.detach())
+        return Critic(*(parameter.detach() for parameter in self))
 
 
 def critic_loss(critic: Critic, real: Tensor, synthetic: Tensor, c: Tensor, mix: Tensor, penalty: float) -> Tensor:
@@ -39,12 +54,12 @@ def critic_loss(critic: Critic, real: Tensor, synthetic: Tensor, c: Tensor, mix:
 
     real, synthetic [n, d], c [n, s]; mix [n, 1] in [0, 1]: a. The gradient is with respect to the features alone.
     """
-    n, d = real.shape
+    n = len(real)
     between = mix * real + (1 - mix) * synthetic
-    of_x, of_c = torch.split(critic.weight, [d, c.shape[1]], dim=1)
-    hidden = F.linear(torch.cat([real, synthetic, between]), of_x) + F.linear(c, of_c, critic.bias).repeat(3, 1)
+    of_classes = F.linear(c, critic.classes, critic.bias).repeat(3, 1)
+    hidden = F.linear(torch.cat([real, synthetic, between]), critic.features) + of_classes
     values = F.linear(F.leaky_relu(hidden[: 2 * n], SLOPE), critic.value)
-    slope = torch.where(hidden[2 * n :] > 0, critic.value, SLOPE * critic.value) @ of_x
+    slope = torch.where(hidden[2 * n :] > 0, critic.value, SLOPE * critic.value) @ critic.features
     norm = (slope.square().sum(1) + 1e-12).sqrt()
     return values[n:].mean() - values[:n].mean() + penalty * (norm - 1).square().mean()
 

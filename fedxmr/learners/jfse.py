@@ -183,7 +183,7 @@ class Stage(NamedTuple):
 
 
 class JFSE:
-    """The learner. Its parameters: `regressors.<modality>.<layer>`, `generators.`, `critics.`, `discriminator.<layer>`.
+    """The learner. Its parameters: `regressors.`, `generators.` and `critics.<modality>.`, and `discriminator.`.
 
     Those that a switched-off term would train do not exist; the others start the same under every switch.
     """
@@ -201,11 +201,11 @@ class JFSE:
         self._seen = None if spec.seen is None else spec.seen.to(device)
         parameters = {}
         for name, (inputs, outputs) in self._layers(spec).items():
-            weight, bias = linear(inputs, outputs, rng, device)
-            if self._used(name):
-                parameters[f"{name}.weight"] = weight
-                if not (name.startswith("critics.") and name.endswith(".1")):
-                    parameters[f"{name}.bias"] = bias
+            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+        for m in self._modalities:
+            critic = Critic.drawn(spec.dims[m], self._class_vectors.shape[1], config.hidden, rng, device)
+            parameters |= {f"critics.{m}.{part}": tensor for part, tensor in critic._asdict().items()}
+        parameters = {name: tensor for name, tensor in parameters.items() if self._used(name)}
         self._network = Network(parameters, config.optimizer, config.keep_optimizer)
         self._epochs = torch.zeros((), device=device)  # that were trained, for the ramp
         last = config.layers - 1
@@ -280,7 +280,7 @@ class JFSE:
     # what exists
 
     def _layers(self, spec: DataSpec) -> dict[str, tuple[int, int]]:
-        """Every layer there can be -> (inputs, outputs), in the order they are drawn in."""
+        """Every layer there can be, but for the critics' -> (inputs, outputs), in the order they are drawn in."""
         config, s = self._config, self._class_vectors.shape[1]
         layers: dict[str, tuple[int, int]] = {}
         for m in self._modalities:
@@ -289,14 +289,12 @@ class JFSE:
         for m in self._modalities:
             layers[f"generators.{m}.0"] = (s + config.noise, config.hidden)
             layers[f"generators.{m}.1"] = (config.hidden, spec.dims[m])
-            layers[f"critics.{m}.0"] = (spec.dims[m] + s, config.hidden)
-            layers[f"critics.{m}.1"] = (config.hidden, 1)
         widths = [s, *config.discriminator, max(len(self._modalities) - 1, 1)]
         layers |= {f"discriminator.{i}": layer for i, layer in enumerate(pairwise(widths))}
         return layers
 
-    def _used(self, layer: str) -> bool:
-        kind = layer.partition(".")[0]
+    def _used(self, name: str) -> bool:
+        kind = name.partition(".")[0]
         return {"generators": self._config.synthesis, "critics": self._config.synthesis,
                 "discriminator": self._config.gamma > 0}.get(kind, True)  # fmt: skip
 
@@ -348,9 +346,7 @@ class JFSE:
         return x.relu() if self._config.features == "relu" else x
 
     def _critic(self, modality: str) -> Critic:
-        first, last = f"critics.{modality}.0", f"critics.{modality}.1"
-        of = self._network.parameters
-        return Critic(of[f"{first}.weight"], of[f"{first}.bias"], of[f"{last}.weight"])
+        return Critic(*(self._network.parameters[f"critics.{modality}.{part}"] for part in Critic._fields))
 
     def _discriminate(self, e: Tensor) -> Tensor:
         for layer in (0, 1):

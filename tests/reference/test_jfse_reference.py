@@ -159,16 +159,17 @@ def test_the_critics_loss_is_minus_eq_1_and_its_gradient_that_of_the_gradient_pe
     n, d, s, h = 4, 3, 2, 5
     real, synthetic, c, mix = rng.normal(size=(n, d)), rng.normal(size=(n, d)), rng.normal(size=(n, s)), rng.random(n)
     parameters = [rng.normal(size=(h, d + s)), rng.normal(size=h), rng.normal(size=h)]
-    weight, bias, value = tensors(parameters)
+    features, classes, bias, value = tensors([parameters[0][:, :d], parameters[0][:, d:], *parameters[1:]])
 
     def literal():
         return literal_critic_loss(real, synthetic, c, mix, parameters, penalty)
 
     loss = critic_loss(
-        Critic(weight, bias, value[None]), *map(torch.from_numpy, (real, synthetic, c)), torch.from_numpy(mix)[:, None],
-        penalty,
+        Critic(features, classes, bias, value[None]),
+        *map(torch.from_numpy, (real, synthetic, c, mix[:, None])), penalty,
     )  # fmt: skip
-    check(loss, literal(), [weight, bias, value], slopes(literal, parameters))
+    of_weight, *others = slopes(literal, parameters)
+    check(loss, literal(), [features, classes, bias, value], [of_weight[:, :d], of_weight[:, d:], *others])
 
 
 def test_the_slope_in_the_gradient_penalty_is_that_of_the_critic_in_the_features_alone():
@@ -177,7 +178,8 @@ def test_the_slope_in_the_gradient_penalty_is_that_of_the_critic_in_the_features
     parameters = rng.normal(size=(5, 5)), rng.normal(size=5), rng.normal(size=5)
     (slope,) = slopes(lambda: literal_critic(x, c, *parameters)[0], [x])
     np.testing.assert_allclose(literal_critic(x, c, *parameters)[1], slope, rtol=1e-7)
-    critic = Critic(*map(torch.from_numpy, parameters[:2]), torch.from_numpy(parameters[2])[None])
+    weight, bias, value = map(torch.from_numpy, parameters)
+    critic = Critic(weight[:, :3], weight[:, 3:], bias, value[None])
     leaf = torch.from_numpy(x)[None].requires_grad_()
     critic(leaf, torch.from_numpy(c)[None]).sum().backward()
     np.testing.assert_allclose(leaf.grad[0], slope, rtol=1e-7)
@@ -185,7 +187,7 @@ def test_the_slope_in_the_gradient_penalty_is_that_of_the_critic_in_the_features
 
 def test_a_better_critic_has_a_lower_loss():
     # D grows with the first feature, which is larger in true items: minus eq. 1 must be negative
-    critic = Critic(torch.tensor([[1.0, 0.0]]), torch.zeros(1), torch.ones(1, 1))
+    critic = Critic(torch.ones(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1))
     high, low, c = torch.full((2, 1), 3.0), torch.full((2, 1), 1.0), torch.zeros(2, 1)
     mix = torch.full((2, 1), 0.5)
     assert float(critic_loss(critic, high, low, c, mix, 10.0)) == pytest.approx(1 - 3)  # of slope 1: no penalty
@@ -336,9 +338,8 @@ class Literal:
         return np.maximum(x, 0) if self.config.features == "relu" else x
 
     def critic(self, m):
-        return (
-            self.w[f"critics.{m}.0.weight"], self.w[f"critics.{m}.0.bias"], self.w[f"critics.{m}.1.weight"][0],
-        )  # fmt: skip
+        weight = np.concatenate([self.w[f"critics.{m}.features"], self.w[f"critics.{m}.classes"]], axis=1)
+        return weight, self.w[f"critics.{m}.bias"], self.w[f"critics.{m}.value"][0]
 
     def discriminate(self, e):
         for i in (0, 1):
@@ -526,7 +527,7 @@ def test_fedprox_pulls_critics_and_regressors_alike():
         learner, data = tiny(critic_steps=1)
         start = learner.state()
         # below the anchor |w - a| and (w - a) differ in sign, so a wrong gradient shows
-        anchor = {k: start[k] + 2 for k in ("critics.image.0.bias", "regressors.text.1.bias")}
+        anchor = {k: start[k] + 2 for k in ("critics.image.bias", "regressors.text.1.bias")}
         learner.fit(data, 1, generator(2, "fit"), Proximal(mu, anchor) if proximal else None)
         ends[proximal] = learner.state()
     for name, target in anchor.items():
