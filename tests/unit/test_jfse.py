@@ -184,7 +184,7 @@ def test_the_reversal_moves_embeddings_to_where_the_discriminator_errs():
 
     def error():
         logits = [model._discriminate(model.encode(m, data.features[m])) for m in ("image", "text")]
-        return float(modality_loss(logits, (0, 1)))
+        return float(modality_loss(logits, (0, 1)).detach())
 
     start = error()
     model.fit(data, 1, generator(0, "fit"))
