@@ -77,7 +77,9 @@ class JFSEConfig(BaseModel):
     )
     width: int = Field(300, ge=1, le=1 << 20, description="of made-up class vectors, where the data set has none")
     class_seed: int = Field(0, ge=0, lt=1 << 63, description="of made-up class vectors")
-    allow_random: bool = Field(False, description="made-up class vectors also in zero-shot tasks, which is chance")
+    allow_random: bool = Field(
+        False, description="made-up class vectors also in zero-shot tasks, of whose classes they say nothing"
+    )
     synthesis: bool = Field(True, description="generators and critics; without them true features alone are used")
     features: Literal["linear", "relu"] = Field("linear", description="a generator's end; relu for features >= 0")
     noise: int = Field(300, ge=1, le=1 << 20, description="width of a generator's noise")
@@ -139,7 +141,7 @@ def class_targets(config: JFSEConfig, spec: DataSpec) -> Tensor:
     if vectors is None:
         if spec.seen is not None and not config.allow_random:
             raise InputError("jfse: expected class vectors for a zero-shot task, got none (learner.allow_random=true "
-                             "makes some up, which is chance)")  # fmt: skip
+                             "makes some up, which say nothing about unseen classes)")  # fmt: skip
         if config.width < spec.num_classes:
             raise InputError(f"learner.width: expected at least {spec.num_classes}, as many as there are classes "
                              f"without vectors of their own, got {config.width}")  # fmt: skip
