@@ -100,7 +100,7 @@ def run(
     with clock.part("start_up"):
         from fedxmr import engines, recording, sources
         from fedxmr.report import report
-        from fedxmr.setting import check
+        from fedxmr.setting import check, remarks
         from server.app import app as server
 
         if resume and (out or overwrite):
@@ -114,6 +114,8 @@ def run(
         if not resume:
             recording.prepare(out, config, parts, overwrite)
     say(f"{_headline(config)}, engine {engine}\nrun folder: {out}")
+    for remark in remarks(config, data):
+        say(f"warning: {remark}")
     run_config = {"config": config.to_yaml(), "out": str(out.resolve()), "resume": resume is not None}
     try:
         if not ended:
