@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from itertools import permutations
 
 import torch
+from torch import Tensor
 
+from fedxmr import state
 from fedxmr.errors import FederationError
 from fedxmr.evaluation import key
 from fedxmr.messages import Registration, Task, Update
@@ -29,6 +31,8 @@ def check_registrations(registrations: Sequence[Registration], clients: int, ini
         for what, expected, got in (
             ("feature widths", dict(first.spec.dims), dict(r.spec.dims)),
             ("number of classes", first.spec.num_classes, r.spec.num_classes),
+            ("class vectors", _sha256(first.spec.class_vectors), _sha256(r.spec.class_vectors)),
+            ("seen classes", _sha256(first.spec.seen), _sha256(r.spec.seen)),
             ("versions", dict(first.versions), dict(r.versions)),
             ("seeded initial state", initial_sha256, r.initial_sha256),
         ):
@@ -38,6 +42,11 @@ def check_registrations(registrations: Sequence[Registration], clients: int, ini
             wrong.append(f"client {r.client}: expected items and a count per class, got {r.n} and {r.class_counts}")
     if wrong:
         raise FederationError("\n".join(wrong))
+
+
+def _sha256(tensor: Tensor | None) -> str | None:
+    """What stands for a tensor in a line of text."""
+    return None if tensor is None else state.sha256({"": tensor})
 
 
 def find_fault(update: Update, task: Task, registration: Registration, expected: State) -> str | None:

@@ -63,10 +63,13 @@ Assignments = Annotated[
 ]
 ConfigFile = Annotated[Path | None, option("a YAML file, such as experiments/default.yaml")]
 MethodName = Annotated[str | None, option("a method of the file's experiment, such as fedavg with its own optimiser")]
-DatasetName = Annotated[str | None, option("digits (default), wikipedia, synthetic, or the path of a folder")]
+DatasetName = Annotated[
+    str | None,
+    option("digits (default), wikipedia, wikipedia-multi, pascal, mfeat, iaprtc12, synthetic, or the path of a folder"),
+]
 Features = Annotated[str | None, option("which features of the data set, such as sift-lda")]
 DataDir = Annotated[Path | None, option("where to look for data files first")]
-LearnerName = Annotated[str | None, option("dscmr, or package.module:Class")]
+LearnerName = Annotated[str | None, option("dscmr (default), drsl, jfse, mccn, or package.module:Class")]
 Rounds = Annotated[int | None, option("communication rounds")]
 Seed = Annotated[int | None, option("of everything that is drawn")]
 Protocol = Annotated[ProtocolName | None, option("paper also reports the best round on test, a leak")]

@@ -116,8 +116,9 @@ def _scores(learner: Learner, query: Tensor, gallery: Tensor, direction: tuple[s
     return lambda rows: learner.similarity(query[rows], gallery, direction)
 
 
-def _own_row(items: Items, query: str, gallery: str) -> Tensor:
-    """[q] int64: the gallery row of each query's own item, -1 where it has none."""
+def _own_row(items: Items, query: str, gallery: str) -> Tensor | None:
+    """[q] int64: the gallery row of each query's own item, -1 where it has none; None where no query has one."""
     row = torch.full((len(items),), -1, device=items.labels.device)
     row[items.rows[gallery]] = torch.arange(len(items.rows[gallery]), device=row.device)
-    return row[items.rows[query]]
+    own = row[items.rows[query]]
+    return own if bool((own >= 0).any()) else None

@@ -4,6 +4,10 @@ A scheme says which client owns each item; no item goes to two clients and no cl
 speaks of an item's class and the item has several, one of them is drawn for it; items without any are a further class.
 
 iid: equal numbers at random. missing-modality: the same, but some clients lack a modality.
+unpaired: the same, but of its items a client has the share `unpaired`, drawn at random and rounded, in one modality
+only. The modalities take turns, on from client to client, so that of complete items any client's numbers by modality
+differ by at most one; an item that lacks a modality itself takes its turn among those it has. What an item loses nobody
+has: at 1 there is no pair anywhere, and of complete items in M modalities 1/M of the feature rows are left.
 dirichlet: each class is shared out by Dirichlet(alpha) proportions (Yurochkin et al., ICML 2019; Li et al., ICDE 2022).
 shards: few classes per client (McMahan et al., AISTATS 2017); here exactly k, in shards of about equal size.
 quantity: every client has `min_items` at random, and the rest is shared out by Dirichlet(alpha) proportions.
@@ -39,10 +43,11 @@ class PartitionConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    scheme: Literal["iid", "dirichlet", "shards", "quantity", "missing-modality"] = Field(
+    scheme: Literal["iid", "dirichlet", "shards", "quantity", "missing-modality", "unpaired"] = Field(
         "iid",
         description="iid: equal, at random; dirichlet: skewed classes; shards: few classes per client; "
-        "quantity: skewed numbers of items; missing-modality: equal, but some clients lack a modality",
+        "quantity: skewed numbers of items; missing-modality: equal, but some clients lack a modality; "
+        "unpaired: equal, but items have one modality each",
     )
     alpha: float = Field(
         0.5, ge=1e-4, allow_inf_nan=False, description="dirichlet, quantity: concentration; 0.1 very skewed, 100 even"
@@ -50,6 +55,9 @@ class PartitionConfig(BaseModel):
     classes_per_client: int = Field(2, ge=1, description="shards: how many classes each client has")
     missing: float = Field(
         0.5, ge=0, le=1, description="missing-modality: share of the clients that lack one modality, taken in turns"
+    )
+    unpaired: float = Field(
+        1.0, ge=0, le=1, description="unpaired: share of each client's items that have one modality only"
     )
     min_items: int = Field(1, ge=1, description="the fewest items a client may have")
 
@@ -97,12 +105,11 @@ def partition(train: Items, clients: int, config: PartitionConfig, seed: int) ->
             f"each client needs {config.min_items}, got {clients}"
         )
     rng = np.random.default_rng(int(torch.randint(2**63 - 1, (), generator=generator(seed, "partition"))))
-    draw = _Draw(_one_class_each(train.labels[torch.from_numpy(index)], rng), clients, config, rng)
-    lacks = _lacks(train.modalities, draw)
+    has = {m: mask[index] for m, mask in has.items()}
+    draw = _Draw(_one_class_each(train.labels[torch.from_numpy(index)], rng), has, clients, config, rng)
     scheme = _SCHEMES[config.scheme]
     for _ in range(RETRIES):
-        owner = scheme.owners(draw)
-        held = {m: mask[index] & ~lacks[m][owner] if m in lacks else mask[index] for m, mask in has.items()}
+        owner, held = scheme.divide(draw)
         kept = np.any(list(held.values()), axis=0)
         sizes = np.bincount(owner[kept], minlength=clients)
         if sizes.min() >= config.min_items:
@@ -186,9 +193,10 @@ def _one_class_each(labels: Tensor, rng: np.random.Generator) -> Ints:
 
 
 class _Draw(NamedTuple):
-    """What a scheme is given: items of known classes [n], and for whom they are."""
+    """What a scheme is given: items of known classes [n], who has which modality [n] of them, and for whom they are."""
 
     classes: Ints
+    has: Mapping[str, Bools]
     clients: int
     config: PartitionConfig
     rng: np.random.Generator
@@ -279,33 +287,67 @@ def _by_value(values: Ints) -> list[Ints]:
     return np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
 
 
-def _lacks(modalities: Sequence[str], draw: _Draw) -> Mapping[str, Bools]:
-    """Modality -> [clients] who lacks it: of a seeded order of clients the first take turns in lacking one."""
-    if draw.config.scheme != "missing-modality":
-        return {}
-    if len(modalities) < 2:
-        raise InputError(f"partition missing-modality: expected two modalities or more, got {list(modalities)}")
+_Division = tuple[Ints, Mapping[str, Bools]]
+"""The client of each item [n], and modality -> whether that client has it [n]."""
+
+
+def _whole(owners: Callable[[_Draw], Ints]) -> Callable[[_Draw], _Division]:
+    """The division in which clients have all there is of their items."""
+    return lambda draw: (owners(draw), draw.has)
+
+
+def _missing_modality(draw: _Draw) -> _Division:
+    """Of a seeded order of clients the first take turns in lacking a modality."""
+    modalities = _several_modalities(draw)
     affected = draw.rng.permutation(draw.clients)[: round(draw.config.missing * draw.clients)]
-    lacks = {}
+    lacks = {m: np.zeros(draw.clients, dtype=np.bool_) for m in draw.has}
     for turn, modality in enumerate(modalities):
-        lacks[modality] = np.isin(np.arange(draw.clients), affected[turn :: len(modalities)])
+        lacks[modality][affected[turn :: len(modalities)]] = True
         if lacks[modality].all():
             raise InputError(
                 f"partition missing-modality: expected a client that keeps {modality}, got none of {draw.clients} "
                 f"at missing={draw.config.missing}; lower missing or raise clients"
             )
-    return lacks
+    owner = _iid(draw)
+    return owner, {m: mask & ~lacks[m][owner] for m, mask in draw.has.items()}
+
+
+def _unpaired(draw: _Draw) -> _Division:
+    """A share of each client's items loses all modalities but one, which take turns."""
+    modalities = _several_modalities(draw)
+    owner = _iid(draw)
+    order = draw.rng.permutation(len(owner))
+    order = order[owner[order].argsort(kind="stable")]  # by client, at random within each
+    sizes = np.bincount(owner, minlength=draw.clients)
+    place = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    single = order[place < np.repeat(np.rint(draw.config.unpaired * sizes), sizes)]
+    has = np.stack([draw.has[m][single] for m in modalities])
+    turn = np.arange(len(single)) % has.sum(0)  # among the modalities each of them has
+    only = has & (has.cumsum(0) - 1 == turn)
+    held = {m: mask.copy() for m, mask in draw.has.items()}
+    for modality, mask in zip(modalities, only, strict=True):
+        held[modality][single] = mask
+    return owner, held
+
+
+def _several_modalities(draw: _Draw) -> Sequence[str]:
+    """The modalities that some item has, sorted. Raises InputError where there are fewer than two."""
+    found = [m for m, mask in draw.has.items() if mask.any()]
+    if len(found) < 2:
+        raise InputError(f"partition {draw.config.scheme}: expected two modalities or more, got {found}")
+    return found
 
 
 class _Scheme(NamedTuple):
-    owners: Callable[[_Draw], Ints]  # the client of each item, [n]
+    divide: Callable[[_Draw], _Division]
     remedy: str
 
 
 _SCHEMES: Mapping[str, _Scheme] = {
-    "iid": _Scheme(_iid, "lower clients or min_items"),
-    "dirichlet": _Scheme(_dirichlet, "raise alpha, or lower clients or min_items"),
-    "shards": _Scheme(_shards, "lower clients or min_items"),
-    "quantity": _Scheme(_quantity, "lower clients or min_items"),
-    "missing-modality": _Scheme(_iid, "lower missing, clients or min_items"),
+    "iid": _Scheme(_whole(_iid), "lower clients or min_items"),
+    "dirichlet": _Scheme(_whole(_dirichlet), "raise alpha, or lower clients or min_items"),
+    "shards": _Scheme(_whole(_shards), "lower clients or min_items"),
+    "quantity": _Scheme(_whole(_quantity), "lower clients or min_items"),
+    "missing-modality": _Scheme(_missing_modality, "lower missing, clients or min_items"),
+    "unpaired": _Scheme(_unpaired, "lower clients or min_items"),
 }

@@ -17,7 +17,7 @@ from fedxmr.metrics import Retrieval
 from fedxmr.models import load
 from fedxmr.participation import panel
 from fedxmr.recording import read_lines, write_json
-from fedxmr.setting import own_device
+from fedxmr.setting import own_device, remarks
 from fedxmr.summary import table
 
 AT = (1, 5, 10, 50, 100)
@@ -92,7 +92,7 @@ def _print(
         say(f"warning: {tied:.1%} of the scores are tied; a collapsed model ranks by chance")
     if config.evaluation.on == "all-test" and data.all_test_overlaps:
         say("note: all-test includes the validation rows that chose the round")
-    for note in data.notes:
+    for note in (*data.notes, *remarks(config, data)):
         say(f"note: {note}")
     say(_costs(summary))
 

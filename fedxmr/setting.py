@@ -87,6 +87,12 @@ def check(config: Config, data: Dataset) -> None:
                 )
 
 
+def remarks(config: Config, data: Dataset) -> tuple[str, ...]:
+    """What a user should know of the learner on this data, one line each: a learner's `remarks`, where it has them."""
+    of = getattr(learner_class(config.learner.name), "remarks", None)
+    return tuple(of(config.learner.options, data.spec)) if of else ()
+
+
 def own_device(config: Config) -> torch.device:
     """The device of the process that checks and reports. With a cluster, the one asked for may be another machine's."""
     return choose_device("auto" if config.runtime.ray_address else config.runtime.device)

@@ -22,7 +22,7 @@ def simulate(
     data_dir: commands.DataDir = None,
     clients: Annotated[int | None, option("how many data owners")] = None,
     sample: Annotated[int | None, option("clients per round, drawn from (seed, round); default: all")] = None,
-    partition: Annotated[str | None, option("iid, dirichlet, shards, quantity or missing-modality")] = None,
+    partition: Annotated[str | None, option("iid, dirichlet, shards, quantity, missing-modality or unpaired")] = None,
     strategy: Annotated[str | None, option("fedcmr (default), fedavg, fedprox or local")] = None,
     learner: commands.LearnerName = None,
     rounds: commands.Rounds = None,
@@ -100,7 +100,7 @@ def run(
     with clock.part("start_up"):
         from fedxmr import engines, recording, sources
         from fedxmr.report import report
-        from fedxmr.setting import check
+        from fedxmr.setting import check, remarks
         from server.app import app as server
 
         if resume and (out or overwrite):
@@ -114,6 +114,8 @@ def run(
         if not resume:
             recording.prepare(out, config, parts, overwrite)
     say(f"{_headline(config)}, engine {engine}\nrun folder: {out}")
+    for remark in remarks(config, data):
+        say(f"warning: {remark}")
     run_config = {"config": config.to_yaml(), "out": str(out.resolve()), "resume": resume is not None}
     try:
         if not ended:

@@ -132,6 +132,8 @@ class Learner(Protocol):
     Built as `cls(config, spec, device, rng)`. `rng` is a CPU generator from which the parameters of all modalities are
     drawn in sorted order, so one seed gives one initial state on every machine and client; None leaves them
     uninitialised, for a state that is loaded next.
+
+    A class may also have `remarks(config, spec) -> Sequence[str]`: what a run should say of the learner on such data.
     """
 
     Config: ClassVar[type[BaseModel]]

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from fedxmr.data import digits, folder, synthetic, wikipedia
+from fedxmr.data import digits, folder, iaprtc12, mfeat, pascal, synthetic, wikipedia, wikipedia_multi
 from fedxmr.data.dataset import Dataset, Scaling
 from fedxmr.errors import InputError, unknown
 
@@ -32,8 +32,14 @@ class Source:
 
 DATASETS: Mapping[str, Source] = {
     "digits": Source(digits.Options, digits.load, "halves of handwritten digits, bundled with scikit-learn"),
+    "iaprtc12": Source(iaprtc12.Options, iaprtc12.load, "1962 image-text pairs with some of 291 labels each"),
+    "mfeat": Source(mfeat.Options, mfeat.load, "2000 handwritten digits in six modalities"),
+    "pascal": Source(
+        pascal.Options, pascal.load, "1000 image-text pairs of 20 classes, as similarities to 700 of them"
+    ),
     "synthetic": Source(synthetic.Options, synthetic.load, "made-up items of any number, width and difficulty"),
     "wikipedia": Source(wikipedia.Options, wikipedia.load, "2866 image-text pairs of 10 classes, real benchmark data"),
+    "wikipedia-multi": Source(wikipedia_multi.Options, wikipedia_multi.load, "the same pairs in up to six modalities"),
 }
 FOLDER = Source(folder.Options, folder.load, "a folder of your own: features/, labels.npy, split.npz")
 

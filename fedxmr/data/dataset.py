@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -27,6 +28,7 @@ class Dataset:
         `all_test_overlaps`); else the test part itself.
     scaling: modality -> the scaling recommended for it.
     notes: what every report on this data set should say.
+    column_class: modality -> [d] int64, where features are similarities to other items: the class of each column's.
     """
 
     name: str
@@ -39,8 +41,40 @@ class Dataset:
     all_test_overlaps: bool
     scaling: Mapping[str, Scaling]
     notes: tuple[str, ...] = ()
+    column_class: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def multi_hot(classes: Tensor, num_classes: int) -> Tensor:
     """Class numbers [n] int64 -> labels [n, C] bool, one per item."""
     return one_hot(classes, num_classes).bool()
+
+
+def drop_unseen_columns(data: Dataset, seen: Tensor) -> Dataset:
+    """The same items without the columns that compare with items of unseen classes; for a zero-shot task, to do first.
+
+    Such a column singles out the items of its class, in every modality alike, so that unseen classes would be retrieved
+    without anything learned. A data set whose features are not similarities stays as it is.
+
+    seen: [C] bool. Raises ValueError for another shape, and where a modality would be left without columns.
+    """
+    if seen.shape != (data.spec.num_classes,) or seen.dtype is not torch.bool:
+        raise ValueError(f"seen: expected [{data.spec.num_classes}] bool, got {list(seen.shape)} {seen.dtype}")
+    kept = {modality: seen[classes] for modality, classes in data.column_class.items()}
+    for modality, columns in kept.items():
+        if not columns.any():
+            raise ValueError(f"seen: expected a class that {modality} columns compare with, got none")
+
+    def narrowed(items: Items) -> Items:
+        features = {m: x[:, kept[m]] if m in kept else x for m, x in items.features.items()}
+        return Items(features, items.rows, items.labels)
+
+    dims = {m: int(kept[m].sum()) if m in kept else dim for m, dim in data.spec.dims.items()}
+    return replace(
+        data,
+        spec=replace(data.spec, dims=dims),
+        train=narrowed(data.train),
+        validation=narrowed(data.validation),
+        test=narrowed(data.test),
+        all_test=narrowed(data.all_test),
+        column_class={modality: data.column_class[modality][columns] for modality, columns in kept.items()},
+    )

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fedxmr.errors import InputError
 
 SILENCE = 20.0
@@ -62,6 +66,23 @@ def read_mat(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # whatever scipy's parser trips on: IndexError, zlib.error, MatReadError ...
         raise InputError(f"{path}: expected a MATLAB file, got one that cannot be read ({one_line(error)})") from error
     return contents
+
+
+def matrix(path: Path, contents: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Tensor:
+    """A named array of a MATLAB file as float32, in torch's own memory; sparse ones are spread out.
+
+    contents: what `read_mat` found in the file at `path`. Raises InputError for another shape and for NaN.
+    """
+    value: Any = contents.get(name)
+    if hasattr(value, "toarray"):
+        value = value.toarray()
+    if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype.kind not in "fiub":
+        got = f"{list(value.shape)} {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
+        raise InputError(f"{path}: expected {name} to be {list(shape)} numbers, got {got}")
+    found = torch.tensor(value.astype(np.float32))  # some files are big-endian, which torch cannot read
+    if not found.isfinite().all():
+        raise InputError(f"{path}: expected finite numbers in {name}, got NaN or infinite ones")
+    return found
 
 
 def one_line(error: Exception) -> str:

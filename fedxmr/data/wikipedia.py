@@ -7,16 +7,16 @@ with TF-IDF texts, or the literature's shallow control, SIFT bags of words with 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedxmr.data.dataset import Dataset, Scaling, multi_hot
-from fedxmr.data.files import RemoteFile, github, locate, one_line, read_mat
+from fedxmr.data.files import RemoteFile, github, locate, matrix, one_line, read_mat
 from fedxmr.data.splits import stratified
 from fedxmr.errors import InputError
 from fedxmr.seeding import generator
@@ -46,6 +46,8 @@ CNN = RemoteFile(
     "e417067eb501fbb41375b4461469089c9f0332ff9cdaf3b5f6570bbf0078d97c",
 )
 
+CNN_NOTE = "wikipedia: the PCA of the published CNN image features was fitted on all pairs, test pairs included"
+
 
 class Options(BaseModel):
     """Which published features, and the seed of the 231/462 division."""
@@ -58,33 +60,47 @@ class Options(BaseModel):
     split_seed: int = Field(0, description="seed of the division of the 693 test pairs into validation and test")
 
 
-class _Features(NamedTuple):
-    image: Tensor  # [2866, d_image], training rows first
-    text: Tensor  # [2866, d_text]
-    scaling: dict[str, Scaling]
-    notes: tuple[str, ...]
-
-
 def load(options: Options, data_dir: Path | None = None) -> Dataset:
     """Wikipedia as "image" and "text". Raises InputError for files that are missing, altered or damaged."""
-    names = tuple(locate(CATEGORIES, data_dir).read_text(encoding="utf-8").split())
-    classes = torch.cat([_classes(TRAIN_LIST, TRAIN, names, data_dir), _classes(TEST_LIST, TEST, names, data_dir)])
-    read = {"cnn-tfidf": _cnn_tfidf, "sift-lda": _sift_lda}[options.features]
-    labels = multi_hot(classes, len(names))
-    image, text, scaling, notes = read(labels, data_dir)
+    labels = read_labels(data_dir)
+    if options.features == "cnn-tfidf":
+        features, notes = {"image": read_cnn(labels, data_dir), "text": read_tfidf(data_dir)}, (CNN_NOTE,)
+        return divide(labels, features, {"image": "standardise", "text": "norm"}, options.split_seed, notes)
+    image, text = read_sift_lda(data_dir)
+    return divide(
+        labels, {"image": image, "text": text}, {"image": "standardise", "text": "standardise"}, options.split_seed
+    )
 
-    train = Items.paired({"image": image[:TRAIN], "text": text[:TRAIN]}, labels[:TRAIN])
-    all_test = Items.paired({"image": image[TRAIN:], "text": text[TRAIN:]}, labels[TRAIN:])
-    rng = generator(options.split_seed, "wikipedia validation")
-    validation, test = stratified(classes[TRAIN:], (VALIDATION, TEST - VALIDATION), rng)
+
+class Labels(NamedTuple):
+    """names: of the classes. classes: [2866] int64 from 0, training rows first."""
+
+    names: tuple[str, ...]
+    classes: Tensor
+
+
+def divide(
+    labels: Labels,
+    features: Mapping[str, Tensor],
+    scaling: Mapping[str, Scaling],
+    seed: int,
+    notes: tuple[str, ...] = (),
+    name: str = "wikipedia",
+) -> Dataset:
+    """The standard split of features [2866, d], its 693 test rows divided by a seed, alike for every choice of them."""
+    hot = multi_hot(labels.classes, len(labels.names))
+    train = Items.paired({m: x[:TRAIN] for m, x in features.items()}, hot[:TRAIN])
+    all_test = Items.paired({m: x[TRAIN:] for m, x in features.items()}, hot[TRAIN:])
+    rng = generator(seed, "wikipedia validation")
+    validation, test = stratified(labels.classes[TRAIN:], (VALIDATION, TEST - VALIDATION), rng)
     division = (
-        f"wikipedia: the {TEST} published test pairs are divided into {VALIDATION} validation and {TEST - VALIDATION} "
-        f"test pairs by seed {options.split_seed}, stratified by class; the usual division is not published"
+        f"{name}: the {TEST} published test pairs are divided into {VALIDATION} validation and {TEST - VALIDATION} "
+        f"test pairs by seed {seed}, stratified by class; the usual division is not published"
     )
     return Dataset(
-        name="wikipedia",
-        spec=DataSpec({"image": image.shape[1], "text": text.shape[1]}, len(names)),
-        classes=names,
+        name=name,
+        spec=DataSpec({m: x.shape[1] for m, x in features.items()}, len(labels.names)),
+        classes=labels.names,
         train=train,
         validation=all_test.select(validation),
         test=all_test.select(test),
@@ -95,46 +111,44 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
     )
 
 
-def _cnn_tfidf(labels: Tensor, data_dir: Path | None) -> _Features:
-    cnn, tfidf = locate(CNN, data_dir), locate(TFIDF, data_dir)
-    struct, texts = read_mat(cnn).get("data"), read_mat(tfidf)
+def read_labels(data_dir: Path | None) -> Labels:
+    """The classes of all pairs, from the published lists."""
+    names = tuple(locate(CATEGORIES, data_dir).read_text(encoding="utf-8").split())
+    parts = [_classes(TRAIN_LIST, TRAIN, names, data_dir), _classes(TEST_LIST, TEST, names, data_dir)]
+    return Labels(names, torch.cat(parts))
+
+
+def read_cnn(labels: Labels, data_dir: Path | None) -> Tensor:
+    """[2866, 128] CNN image features after PCA. Raises InputError where the file's own labels are not `labels`."""
+    path = locate(CNN, data_dir)
+    struct = read_mat(path).get("data")
     if not isinstance(struct, dict):
-        raise InputError(f"{cnn}: expected a struct 'data', got {type(struct).__name__}")
-    image = _matrix(cnn, struct, "X1", (128, TRAIN + TEST)).T.contiguous()
-    own_labels = _matrix(cnn, struct, "Y", (labels.shape[1], TRAIN + TEST)).T
-    differing = (own_labels != labels).any(1)
+        raise InputError(f"{path}: expected a struct 'data', got {type(struct).__name__}")
+    image = matrix(path, struct, "X1", (128, TRAIN + TEST)).T.contiguous()
+    own_labels = matrix(path, struct, "Y", (len(labels.names), TRAIN + TEST)).T
+    differing = (own_labels != multi_hot(labels.classes, len(labels.names))).any(1)
     if differing.any():
         row = int(differing.nonzero()[0])
-        raise InputError(f"{cnn}: expected the labels of the .list files, got others in {int(differing.sum())} "
-                         f"of {len(labels)} rows, first in row {row}")  # fmt: skip
-    text = torch.cat([
-        _matrix(tfidf, texts, "T_tfidf_tr", (TRAIN, 1000)),
-        _matrix(tfidf, texts, "T_tfidf_te", (TEST, 1000)),
-    ])  # fmt: skip
-    fitted = "wikipedia: the PCA of the published CNN image features was fitted on all pairs, test pairs included"
-    return _Features(image, text, {"image": "standardise", "text": "norm"}, (fitted,))
+        raise InputError(f"{path}: expected the labels of the .list files, got others in {int(differing.sum())} "
+                         f"of {len(differing)} rows, first in row {row}")  # fmt: skip
+    return image
 
 
-def _sift_lda(labels: Tensor, data_dir: Path | None) -> _Features:  # noqa: ARG001 - this file has no labels
-    path = locate(SHALLOW, data_dir)
-    raw = read_mat(path)
-    image = torch.cat([_matrix(path, raw, "I_tr", (TRAIN, 128)), _matrix(path, raw, "I_te", (TEST, 128))])
-    text = torch.cat([_matrix(path, raw, "T_tr", (TRAIN, 10)), _matrix(path, raw, "T_te", (TEST, 10))])
-    return _Features(image, text, {"image": "standardise", "text": "standardise"}, ())
+def read_tfidf(data_dir: Path | None) -> Tensor:
+    """[2866, 1000] TF-IDF texts, rows of L2 norm 1."""
+    return both_parts(TFIDF, "T_tfidf_tr", "T_tfidf_te", 1000, data_dir)
 
 
-def _matrix(path: Path, contents: Any, name: str, shape: tuple[int, int]) -> Tensor:
-    """A named matrix of a MATLAB file as float32, in torch's own memory; sparse ones are spread out."""
-    value = contents.get(name)
-    if hasattr(value, "toarray"):
-        value = value.toarray()
-    if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype.kind not in "fiub":
-        got = f"{list(value.shape)} {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
-        raise InputError(f"{path}: expected {name} to be {list(shape)} numbers, got {got}")
-    matrix = torch.tensor(value, dtype=torch.float32)
-    if not matrix.isfinite().all():
-        raise InputError(f"{path}: expected finite numbers in {name}, got NaN or infinite ones")
-    return matrix
+def read_sift_lda(data_dir: Path | None) -> tuple[Tensor, Tensor]:
+    """[2866, 128] SIFT bags of words of the images, [2866, 10] LDA topics of the texts."""
+    return both_parts(SHALLOW, "I_tr", "I_te", 128, data_dir), both_parts(SHALLOW, "T_tr", "T_te", 10, data_dir)
+
+
+def both_parts(file: RemoteFile, train: str, test: str, width: int, data_dir: Path | None) -> Tensor:
+    """[2866, width]: two matrices of a MATLAB file, one below the other."""
+    path = locate(file, data_dir)
+    contents = read_mat(path)
+    return torch.cat([matrix(path, contents, train, (TRAIN, width)), matrix(path, contents, test, (TEST, width))])
 
 
 def _classes(file: RemoteFile, rows: int, names: tuple[str, ...], data_dir: Path | None) -> Tensor:

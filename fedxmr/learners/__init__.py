@@ -10,6 +10,9 @@ from fedxmr.types import Learner
 
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
+    "drsl": "fedxmr.learners.drsl:DRSL",
+    "mccn": "fedxmr.learners.mccn:MCCN",
+    "jfse": "fedxmr.learners.jfse:JFSE",
 }
 """Name -> "module:Class", imported when asked for: nobody waits for a learner they do not use."""
 

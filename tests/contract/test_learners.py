@@ -11,11 +11,16 @@ For a learner outside this repository:
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
+from functools import cache
+from itertools import permutations
 from pathlib import Path
 
 import pytest
 import torch
 
+from fedxmr.experiment import configured, read_experiment
 from fedxmr.learners import LEARNERS, learner_class
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items, Proximal
@@ -37,6 +42,11 @@ def problem(n=30, labels=None, modalities=("image", "text")) -> Items:
         centres, noise = torch.randn(CLASSES, d, generator=g), torch.randn(n, d, generator=g)
         features[m] = labels.float() @ centres + 0.3 * noise
     return Items.paired({m: features[m] for m in modalities}, labels)
+
+
+def several() -> torch.Tensor:
+    """Labels of 30 items: each has none to three of the classes."""
+    return torch.rand(30, CLASSES, generator=generator(0, "labels")) < 0.6
 
 
 def unpaired() -> Items:
@@ -104,6 +114,23 @@ class LearnerContract:
         if learner.trainable:
             assert not same(make(seed=5).state(), make(seed=6).state())
 
+    def test_the_order_in_which_modalities_are_named_does_not_show(self, kind):
+        swapped = replace(SPEC, dims=dict(reversed(SPEC.dims.items())))
+        there, back = (kind(kind.Config(), spec, CPU, generator(5, "initial")) for spec in (SPEC, swapped))
+        assert same(there.state(), back.state())
+        assert (there.common, there.by_modality) == (back.common, back.by_modality)
+
+    @pytest.mark.parametrize("modalities", [("image",), ("text",), ("image", "text")])
+    def test_a_client_that_lacks_a_modality_has_the_same_state_from_the_same_seed(self, make, modalities):
+        first, second = make(seed=5), make(seed=5)
+        start = first.state()
+        for learner in (first, second):
+            learner.fit(problem(modalities=modalities), 2, generator(0, "fit"))
+        end = first.state()
+        assert same(end, second.state())
+        assert end.keys() == start.keys()
+        assert all(t.shape == start[name].shape for name, t in end.items())
+
     def test_its_names_and_shapes_do_not_change_with_training(self, make):
         learner = make()
         before = {name: (t.shape, t.dtype) for name, t in learner.state().items()}
@@ -131,6 +158,13 @@ class LearnerContract:
         resumed.fit(problem(), 1, generator(0, "fit", 2))
         assert same(resumed.state(), through.state())
         assert torch.equal(self.scores(resumed), self.scores(through))
+
+    def test_a_loaded_state_ranks_as_the_saved_one_did(self, make):
+        learner, other = make(seed=0), make(seed=1)
+        learner.fit(problem(), 1, generator(0, "fit"))
+        other.load(learner.state())
+        for data in (problem(), problem(labels=several())):
+            assert torch.equal(self.scores(other, data), self.scores(learner, data))
 
     def test_its_state_is_a_copy_both_ways(self, make):
         learner = make()
@@ -163,13 +197,21 @@ class LearnerContract:
             assert same(learner.state(), before)
 
     def test_it_leaves_the_data_alone(self, make):
-        data, untouched = problem(), problem()
-        learner = make()
-        learner.fit(data, 1, generator(0, "fit"))
-        self.scores(learner, data)
-        assert same(data.features, untouched.features)
-        assert same(data.rows, untouched.rows)
-        assert torch.equal(data.labels, untouched.labels)
+        for draw in (problem, unpaired, lambda: problem(labels=several())):
+            data, untouched, learner = draw(), draw(), make()
+            learner.fit(data, 1, generator(0, "fit"))
+            self.scores(learner, data)
+            assert same(data.features, untouched.features)
+            assert same(data.rows, untouched.rows)
+            assert torch.equal(data.labels, untouched.labels)
+
+    def test_ranking_leaves_representations_alone(self, make):
+        learner, data = make(), problem()
+        for query, gallery in permutations(SPEC.dims, 2):
+            encoded = [learner.encode(m, data.features[m]) for m in (query, gallery)]
+            untouched = [x.clone() for x in encoded]
+            learner.similarity(*encoded, (query, gallery))
+            assert all(torch.equal(x, y) for x, y in zip(encoded, untouched, strict=True))
 
     def test_it_leaves_the_global_generator_alone(self, make):
         before = torch.get_rng_state()
@@ -186,13 +228,17 @@ class LearnerContract:
         assert encoded.dtype == torch.float32
         assert same(learner.state(), before)
 
-    def test_permuting_the_gallery_permutes_the_columns(self, make):
+    @pytest.mark.parametrize("direction", list(permutations(SPEC.dims, 2)))
+    def test_permuting_gallery_or_queries_permutes_columns_or_rows(self, make, direction):
         learner, data = make(), problem()
-        query, gallery = (learner.encode(m, data.features[m]) for m in ("image", "text"))
+        query, gallery = (learner.encode(m, data.features[m]) for m in direction)
         order = torch.randperm(len(gallery), generator=generator(0, "gallery"))
-        scores = learner.similarity(query, gallery, ("image", "text"))
-        permuted = learner.similarity(query, gallery[order], ("image", "text"))
+        scores = learner.similarity(query, gallery, direction)
+        assert float(scores.std()) > 0  # or any order would do
+        permuted = learner.similarity(query, gallery[order], direction)
         torch.testing.assert_close(permuted, scores[:, order], rtol=1e-5, atol=1e-6)
+        permuted = learner.similarity(query[order], gallery, direction)
+        torch.testing.assert_close(permuted, scores[order], rtol=1e-5, atol=1e-6)
 
     def test_queries_and_gallery_may_differ_in_number_and_order(self, make):
         learner, data = make(), problem()
@@ -212,14 +258,16 @@ class LearnerContract:
         assert learner.fit(problem(), 20, generator(0, "fit")).trained
         assert margin() > before
 
-    def test_a_large_mu_keeps_what_is_shared_at_the_anchor(self, make):
+    @pytest.mark.parametrize("share", ["trainable", "common"])
+    def test_a_large_mu_keeps_what_is_shared_at_the_anchor(self, make, share):
         moved = {}
         for mu in (0.0, 1e4):
             learner = make()
             start = learner.state()
-            if not learner.trainable:
+            names = learner.trainable & getattr(learner, share)
+            if not names:
                 pytest.skip("nothing that FedProx shares")
-            anchor = {name: start[name] for name in learner.trainable}
+            anchor = {name: start[name] for name in names}
             learner.fit(problem(), 20, generator(0, "fit"), Proximal(mu, anchor))
             end = learner.state()
             moved[mu] = sum(float((end[name] - start[name]).square().sum()) for name in anchor)
@@ -232,9 +280,10 @@ class LearnerContract:
             pytest.param(problem(n=1), id="one item"),
             pytest.param(problem(modalities=("image",)), id="image only"),
             pytest.param(problem(modalities=("text",)), id="text only"),
-            pytest.param(
-                problem(labels=torch.rand(30, 3, generator=generator(0, "labels")) < 0.6), id="several classes, or none"
-            ),
+            pytest.param(problem(n=1, modalities=("image",)), id="one item, image only"),
+            pytest.param(problem(labels=several()), id="several classes, or none"),
+            pytest.param(problem(labels=torch.zeros(30, 3, dtype=torch.bool)), id="no class"),
+            pytest.param(problem(labels=torch.ones(30, 3, dtype=torch.bool)), id="all classes"),
             pytest.param(unpaired(), id="unpaired"),
             pytest.param(Items({}, {}, problem().labels), id="no modality"),
             pytest.param(problem(n=0), id="no item"),
@@ -273,9 +322,39 @@ class TestRegisteredLearners(LearnerContract):
         return learner_class(request.param)
 
 
+ROOT = Path(__file__).parents[2]
+
+
+@cache
+def learners_in_experiments() -> frozenset[str]:
+    """The learners that the methods of experiments/*.yaml train."""
+    read = [read_experiment(path) for path in sorted((ROOT / "experiments").glob("*.yaml"))]
+    return frozenset(
+        configured(base, method, trial, 0).learner.name
+        for plan, base in read
+        for method in plan.methods.values()
+        for trial in method.trials()
+    )
+
+
+def lacking(name: str) -> set[str]:
+    """What a learner of this name has not got that every registered one must have."""
+    there = {
+        "reference test": (ROOT / "tests" / "reference" / f"test_{name}_reference.py").is_file(),
+        "experiment": name in learners_in_experiments(),
+        # as it is given on a command line
+        "mention in README.md": bool(re.search(rf"\b{re.escape(name)}\b", (ROOT / "README.md").read_text("utf-8"))),
+    }
+    return {what for what, found in there.items() if not found}
+
+
 @pytest.mark.parametrize("name", sorted(LEARNERS))
-def test_every_registered_learner_has_a_reference_test(name):
-    assert (Path(__file__).parents[1] / "reference" / f"test_{name}_reference.py").is_file()
+def test_every_registered_learner_is_tested_used_and_documented(name):
+    assert lacking(name) == set()
+
+
+def test_a_learner_without_any_of_these_is_found_out():
+    assert lacking("nobodys") == {"reference test", "experiment", "mention in README.md"}
 
 
 @pytest.mark.parametrize("name", sorted(LEARNERS))

@@ -232,6 +232,8 @@ def test_training_that_was_not_asked_for_is_refused():
             "client 1: feature widths: expected {'image': 5",
         ),
         ([{"client": 0, "versions": {"torch": "2"}}], "client 1: versions"),
+        ([{"client": 0, "spec": dataclasses.replace(SPEC, class_vectors=torch.ones(2, 3))}], "class vectors: expected"),
+        ([{"client": 0, "spec": dataclasses.replace(SPEC, seen=torch.ones(2).bool())}], "seen classes: expected"),
         ([{"client": 0, "initial_sha256": "bb"}], "client 0: seeded initial state: expected aa, got bb"),
         ([{"client": 0, "n": 0}], "client 0: expected items"),
     ],

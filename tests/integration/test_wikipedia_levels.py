@@ -35,3 +35,20 @@ def test_centralised_training_reaches_its_level(benchmark_data: Path, tmp_path: 
     config = resolve(override({}, [*PROTOTYPE, *changes, "evaluation.every=15", f"dataset.data_dir={benchmark_data}"]))
     summary = run(config, tmp_path / "run", pictures=False)
     assert summary["test"]["last"]["mean"]["average"] > 0.9 * 0.433
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("features", "rounds", "seen"), [("cnn-tfidf", 10, 0.411), ("sift-lda", 5, 0.286)])
+def test_drsl_reaches_its_level(benchmark_data: Path, tmp_path: Path, features: str, rounds: int, seen: float):
+    changes = (
+        f"dataset.features={features}",
+        f"dataset.data_dir={benchmark_data}",
+        "evaluation.on=all-test",
+        f"evaluation.every={rounds}",
+        "federation.clients=1",
+        f"federation.rounds={rounds}",  # trained for longer on these features it overfits
+        "strategy=local",
+        "learner=drsl",
+    )
+    summary = run(resolve(override({}, ["dataset=wikipedia", *changes])), tmp_path / "run", pictures=False)
+    assert summary["test"]["last"]["mean"]["average"] > 0.9 * seen

@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import Tensor
 
 from fedxmr.data import DATASETS, Dataset, dataset_options, load_dataset, source
+from fedxmr.data.dataset import drop_unseen_columns
 from fedxmr.data.digits import Options as DigitsOptions
-from fedxmr.data.splits import stratified
+from fedxmr.data.splits import first_copies, stratified, stratified_labels
 from fedxmr.data.synthetic import Options as SyntheticOptions
 from fedxmr.errors import InputError
 from fedxmr.seeding import generator
 from fedxmr.types import Items
+from tests.conftest import NEEDED
 
 
 @pytest.fixture(scope="module", params=sorted(DATASETS))
 def dataset(request: pytest.FixtureRequest) -> Dataset:
-    needs_files = request.param == "wikipedia"
-    return load_dataset(request.param, data_dir=request.getfixturevalue("benchmark_data") if needs_files else None)
+    folder = request.getfixturevalue("benchmark_folder")(request.param) if request.param in NEEDED else None
+    return load_dataset(request.param, data_dir=folder)
 
 
 def item_bytes(items: Items) -> list[bytes]:
@@ -59,8 +64,13 @@ def test_every_data_sets_all_test_is_what_it_says(dataset: Dataset):
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("wikpedia", {}, "unknown dataset 'wikpedia'; did you mean 'wikipedia'? (known: digits, synthetic, wikipedia)"),
-        ("zzz", {}, "unknown dataset 'zzz' (known: digits, synthetic, wikipedia)"),
+        ("wikpedia", {}, "unknown dataset 'wikpedia'; did you mean 'wikipedia'? (known: digits, iaprtc12, "
+         "mfeat, pascal, synthetic, wikipedia, wikipedia-multi)"),
+        ("zzz", {}, "unknown dataset 'zzz' (known: digits, iaprtc12, mfeat, pascal, synthetic, "),
+        ("wikipedia-multi", {"modalities": ["cnn"]}, "dataset wikipedia-multi: modalities: Tuple should have at "),
+        ("wikipedia-multi", {"modalities": ["cnn", "cnn"]}, "dataset wikipedia-multi: modalities: expected different "),
+        ("wikipedia-multi", {"modalities": ["cnn", "lda"]}, "dataset wikipedia-multi: modalities.1: Input should be "),
+        ("pascal", {"class_vectors": "bert"}, "dataset pascal: class_vectors: Input should be 'word2vec' or 'glove'"),
         ("wikipedia", {"feature": "x"}, "unknown option of dataset wikipedia 'feature'; did you mean 'features'?"),
         ("wikipedia", {"features": "cnn"}, "dataset wikipedia: features: Input should be 'cnn-tfidf' or 'sift-lda', "
          "got 'cnn'"),
@@ -178,3 +188,99 @@ def test_a_stratified_division_is_exact_and_proportional():
 def test_a_stratified_division_refuses_sizes_that_do_not_add_up():
     with pytest.raises(ValueError, match="expected a sum of 4"):
         stratified(torch.zeros(4, dtype=torch.int64), (1, 2), generator(0, "test"))
+
+
+def random_labels(n: int, classes: int, seed: int) -> Tensor:
+    """[n, classes] bool from common labels to rare ones; some items have none."""
+    rate = 0.6 * 0.5 ** torch.arange(classes)
+    return torch.rand(n, classes, generator=generator(seed, "labels")) < rate
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), classes=st.integers(1, 12), seed=st.integers(0, 1000))
+def test_a_division_by_several_labels_is_exact_disjoint_and_repeatable(data: st.DataObject, classes: int, seed: int):
+    sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4))
+    labels = random_labels(sum(sizes), classes, seed)
+    parts = stratified_labels(labels, sizes, generator(seed, "test"))
+    assert [len(part) for part in parts] == sizes
+    assert torch.cat(parts).sort().values.tolist() == list(range(sum(sizes)))
+    assert all((part.diff() > 0).all() for part in parts)
+    again = stratified_labels(labels, sizes, generator(seed, "test"))
+    assert all(torch.equal(a, b) for a, b in zip(parts, again, strict=True))
+
+
+def test_a_division_by_several_labels_keeps_their_proportions():
+    labels = random_labels(1000, 8, 0)
+    one, other = stratified_labels(labels, (250, 750), generator(0, "test"))
+    assert len(other) == 750
+    assert ((labels[one].sum(0) - 0.25 * labels.sum(0)).abs() <= 2).all()
+    drawn = torch.randperm(1000, generator=generator(0, "test"))[:250]
+    assert not ((labels[drawn].sum(0) - 0.25 * labels.sum(0)).abs() <= 2).all()  # as chance would have it
+
+
+def test_a_label_of_one_item_is_in_the_largest_part():
+    labels = torch.eye(6, dtype=torch.bool).repeat_interleave(torch.tensor([1, 1, 1, 1, 1, 20]), 0)
+    for seed in range(5):
+        small, large = stratified_labels(labels, (8, 17), generator(seed, "test"))
+        assert labels[large].sum(0).tolist() == [1, 1, 1, 1, 1, 12]
+        assert labels[small].sum(0).tolist() == [0, 0, 0, 0, 0, 8]
+
+
+def test_one_label_each_is_divided_as_by_class():
+    classes = torch.arange(90) % 3
+    for part, size in zip(stratified_labels(torch.eye(3, dtype=torch.bool)[classes], (30, 60), generator(0, "test")),
+                          (10, 20), strict=True):  # fmt: skip
+        assert class_counts(classes, part) == [size] * 3
+
+
+def test_a_division_by_several_labels_refuses_sizes_that_do_not_add_up():
+    with pytest.raises(ValueError, match="expected a sum of 4"):
+        stratified_labels(torch.zeros(4, 2, dtype=torch.bool), (1, 2), generator(0, "test"))
+
+
+def test_copies_are_items_alike_in_every_modality():
+    image = torch.tensor([[1.0, 2.0], [1.0, 2.0], [3.0, 4.0], [1.0, 2.0], [3.0, 4.0]])
+    text = torch.tensor([[5.0], [6.0], [7.0], [5.0], [7.0]])
+    assert first_copies({"image": image, "text": text}).tolist() == [0, 1, 2, 0, 2]
+
+
+def similarities() -> Dataset:
+    """Three classes; "a" and "b" are similarities to items of classes 0, 1, 1, 2, and "c" is not."""
+    base = load_dataset("synthetic", {"items": 9, "validation_items": 3, "test_items": 3, "classes": 3,
+                                      "modalities": {"a": 4, "b": 4, "c": 5}})  # fmt: skip
+    columns = torch.tensor([0, 1, 1, 2])
+    return replace(base, column_class={"a": columns, "b": columns})
+
+
+def test_columns_of_unseen_class_items_are_dropped_everywhere():
+    whole = similarities()
+    seen = torch.tensor([True, False, True])
+    kept = drop_unseen_columns(whole, seen)
+    assert dict(kept.spec.dims) == {"a": 2, "b": 2, "c": 5}
+    for part in ("train", "validation", "test", "all_test"):
+        before, after = getattr(whole, part), getattr(kept, part)
+        for modality in ("a", "b"):
+            assert torch.equal(after.features[modality], before.features[modality][:, [0, 3]])
+        assert torch.equal(after.features["c"], before.features["c"])
+        assert torch.equal(after.labels, before.labels)
+    assert kept.column_class["a"].tolist() == [0, 2]
+    assert drop_unseen_columns(kept, seen).spec.dims == kept.spec.dims
+
+
+def test_a_data_set_of_features_keeps_them_in_a_zero_shot_task():
+    whole = load_dataset("digits")
+    kept = drop_unseen_columns(whole, torch.arange(10) < 5)
+    assert torch.equal(kept.train.features["left"], whole.train.features["left"])
+
+
+@pytest.mark.parametrize(
+    ("seen", "expected"),
+    [
+        (torch.ones(4, dtype=torch.bool), r"seen: expected \[3\] bool, got \[4\] torch.bool"),
+        (torch.ones(3), r"seen: expected \[3\] bool, got \[3\] torch.float32"),
+        (torch.zeros(3, dtype=torch.bool), "seen: expected a class that a columns compare with, got none"),
+    ],
+)
+def test_seen_classes_that_do_not_fit_are_refused(seen: Tensor, expected: str):
+    with pytest.raises(ValueError, match=expected):
+        drop_unseen_columns(similarities(), seen)

@@ -16,7 +16,7 @@ from fedxmr.errors import InputError
 from fedxmr.partition import Part, PartitionConfig, load_partition, partition, save_partition
 from fedxmr.types import Items
 
-SCHEMES = ["iid", "dirichlet", "shards", "quantity", "missing-modality"]
+SCHEMES = ["iid", "dirichlet", "shards", "quantity", "missing-modality", "unpaired"]
 
 
 def make(n: int, classes: int = 5, labels_per_item: int = 1, seed: int = 0) -> Items:
@@ -79,14 +79,16 @@ def same(one: list[Part], other: list[Part]) -> bool:
     alpha=st.sampled_from([1e-4, 0.05, 0.5, 1e6]),
     k=st.integers(1, 5),
     missing=st.floats(0, 1),
+    unpaired=st.floats(0, 1),
     min_items=st.integers(1, 3),
     seed=st.integers(0, 2**40),
 )
 def test_every_division_is_sound_repeatable_or_refused(
-    scheme, n, clients, labels_per_item, complete, alpha, k, missing, min_items, seed
+    scheme, n, clients, labels_per_item, complete, alpha, k, missing, unpaired, min_items, seed
 ):
     train = make(n, labels_per_item=labels_per_item, seed=seed) if complete else sparse(n, seed)
-    config = PartitionConfig(scheme=scheme, alpha=alpha, classes_per_client=k, missing=missing, min_items=min_items)
+    options = {"alpha": alpha, "classes_per_client": k, "missing": missing, "unpaired": unpaired}
+    config = PartitionConfig(scheme=scheme, min_items=min_items, **options)
     try:
         parts = partition(train, clients, config, seed)
     except InputError as error:
@@ -212,10 +214,57 @@ def test_what_cannot_be_met_gets_one_line(n: int, clients: int, config: dict[str
     assert "\n" not in str(caught.value)
 
 
-def test_missing_modality_needs_two_modalities():
+@pytest.mark.parametrize("scheme", ["missing-modality", "unpaired"])
+def test_what_takes_modalities_away_needs_two(scheme: str):
     train = Items.paired({"image": torch.zeros(9, 2)}, make(9).labels)
-    with pytest.raises(InputError, match=r"expected two modalities or more, got \['image'\]"):
-        partition(train, 3, PartitionConfig(scheme="missing-modality"), 0)
+    with pytest.raises(InputError, match=rf"partition {scheme}: expected two modalities or more, got \['image'\]"):
+        partition(train, 3, PartitionConfig(scheme=scheme), 0)
+
+
+def three_modalities(n: int) -> Items:
+    return Items.paired({m: torch.arange(n)[:, None].float() for m in ("audio", "image", "text")}, make(n).labels)
+
+
+def held_by_item(part: Part) -> list[int]:
+    """In how many modalities the client has each of its items."""
+    return [sum(int(item in held) for held in part.held.values()) for item in part.items]
+
+
+@settings(max_examples=50, deadline=None)
+@given(n=st.integers(30, 90), clients=st.integers(1, 12), seed=st.integers(0, 2**40), complete=st.booleans())
+def test_no_pair_is_left_where_all_items_are_unpaired(n: int, clients: int, seed: int, complete: bool):
+    train = three_modalities(n) if complete else sparse(n, seed)
+    parts = partition(train, clients, PartitionConfig(scheme="unpaired"), seed)
+    check_division(train, clients, parts)
+    assert all(set(held_by_item(part)) == {1} for part in parts)
+    if complete:
+        for part in parts:
+            numbers = [len(held) for held in part.held.values()]
+            assert max(numbers) - min(numbers) <= 1
+        everyone = [sum(len(part.held[m]) for part in parts) for m in train.features]
+        assert max(everyone) - min(everyone) <= 1
+
+
+@pytest.mark.parametrize(("share", "single"), [(0.0, 0), (0.25, 5), (0.5, 10), (1.0, 20)])
+def test_a_share_of_each_clients_items_is_unpaired(share: float, single: int):
+    parts = partition(make(80), 4, PartitionConfig(scheme="unpaired", unpaired=share), 0)
+    assert sizes(parts) == [20] * 4
+    for part in parts:
+        assert sorted(held_by_item(part)) == [1] * single + [2] * (20 - single)
+
+
+def test_unpaired_clients_of_one_item_do_not_all_have_the_same_modality():
+    parts = partition(make(40), 40, PartitionConfig(scheme="unpaired"), 0)
+    assert sum(len(part.held["image"]) for part in parts) == sum(len(part.held["text"]) for part in parts) == 20
+
+
+def test_which_modality_an_item_keeps_says_nothing_of_its_class_or_number():
+    train = make(1200)
+    parts = partition(train, 2, PartitionConfig(scheme="unpaired"), 0)
+    seen = torch.cat([part.held["image"] for part in parts])
+    counts = train.labels[seen].sum(0) / train.labels.sum(0)
+    assert ((counts - 0.5).abs() < 0.12).all()  # four standard deviations of a share of about 240
+    assert 0.4 < float((seen < 600).float().mean()) < 0.6
 
 
 def test_take_gives_a_client_its_own_items_and_labels():
@@ -228,7 +277,7 @@ def test_take_gives_a_client_its_own_items_and_labels():
         assert taken.rows["image"].tolist() == list(range(len(part.items)))
 
 
-@pytest.mark.parametrize("scheme", ["iid", "missing-modality"])
+@pytest.mark.parametrize("scheme", ["iid", "missing-modality", "unpaired"])
 def test_take_keeps_features_with_their_items_where_some_lack_a_modality(scheme: str):
     train = sparse(80)
     for part in partition(train, 4, PartitionConfig(scheme=scheme, missing=0.5), 0):

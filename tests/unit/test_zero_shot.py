@@ -1,0 +1,196 @@
+"""Zero-shot protocols: which classes are seen, which items are asked and ranked, and results over class splits."""
+
+from __future__ import annotations
+
+import statistics
+
+import pytest
+import torch
+
+from fedxmr.errors import InputError
+from fedxmr.learners.jfse import JFSE, JFSEConfig
+from fedxmr.seeding import generator
+from fedxmr.types import DataSpec, Items
+from fedxmr.zero_shot import MIN_SPLITS, class_split, evaluate_task, over_splits, subsets, task_items, training_task
+
+CLASSES = 6
+SEEN = torch.tensor([True, False, True, False, True, False])
+
+
+def one_hot(classes):
+    return torch.eye(CLASSES, dtype=torch.bool)[torch.as_tensor(classes)]
+
+
+TRAIN = one_hot(torch.arange(30) % CLASSES)
+TEST = one_hot(torch.arange(50) % CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("classes", "share", "seen"), [(10, 0.5, 5), (20, 0.5, 10), (11, 0.5, 6), (10, 0.2, 2), (2, 0.5, 1)]
+)
+def test_a_split_has_its_share_of_the_classes(classes, share, seen):
+    split = class_split(classes, generator(0, "classes"), share)
+    assert (split.shape, split.dtype, int(split.sum())) == ((classes,), torch.bool, seen)
+
+
+def test_splits_are_drawn_from_the_seed():
+    splits = [class_split(10, generator(seed, "classes")) for seed in range(20)]
+    assert torch.equal(splits[3], class_split(10, generator(3, "classes")))
+    assert len({tuple(s.tolist()) for s in splits}) > 15
+    assert torch.stack(splits).any(0).all()  # no class is always unseen
+    assert not torch.stack(splits).all(0).any()
+
+
+@pytest.mark.parametrize(("classes", "share"), [(1, 0.5), (10, 0.0), (10, 1.0), (3, 0.1)])
+def test_a_side_without_classes_is_refused(classes, share):
+    with pytest.raises(InputError, match="expected seen and unseen classes"):
+        class_split(classes, generator(0, "classes"), share)
+
+
+def test_the_four_subsets_divide_all_items():
+    of = subsets(TRAIN, TEST, SEEN)
+    assert torch.cat([of.ss, of.us]).sort().values.tolist() == list(range(30))
+    assert torch.cat([of.st, of.ut]).sort().values.tolist() == list(range(50))
+    for labels, seen, unseen in ((TRAIN, of.ss, of.us), (TEST, of.st, of.ut)):
+        assert (labels[seen].int() @ SEEN.int()).min() == 1
+        assert (labels[unseen].int() @ SEEN.int()).max() == 0
+
+
+def test_items_of_both_sides_or_of_no_class_are_nowhere():
+    labels = torch.tensor([[1, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0], [0, 1, 0, 1, 0, 0]]).bool()
+    of = subsets(labels, labels, SEEN)
+    assert (of.ss.tolist(), of.us.tolist()) == ([0], [3])
+    assert (of.st.tolist(), of.ut.tolist()) == ([0], [3])
+
+
+def test_who_asks_and_who_is_ranked():
+    of = subsets(TRAIN, TEST, SEEN)
+    seen = task_items("seen", of, TEST, generator(0, "halves"))
+    assert torch.equal(seen.queries, of.st)
+    assert torch.equal(seen.gallery_train, of.ss)
+    assert not len(seen.gallery_test)
+    unseen = task_items("unseen", of, TEST, generator(0, "halves"))
+    assert torch.equal(unseen.queries, of.ut)
+    assert torch.equal(unseen.gallery_train, of.us)
+    assert not len(unseen.gallery_test)
+
+
+def test_the_generalised_task_halves_the_seen_test_items():
+    of = subsets(TRAIN, TEST, SEEN)
+    found = task_items("generalised", of, TEST, generator(0, "halves"))
+    assert torch.equal(found.gallery_train, of.us)
+    asked = found.queries[torch.isin(found.queries, of.st)]
+    assert torch.cat([asked, found.gallery_test]).sort().values.tolist() == of.st.tolist()  # each on one side
+    assert 0 <= len(asked) - len(found.gallery_test) <= 1
+    assert found.queries[torch.isin(found.queries, of.ut)].tolist() == of.ut.tolist()
+    for side in (asked, found.gallery_test):  # every class evenly
+        counts = TEST[side].sum(0)[SEEN]
+        assert int(counts.max() - counts.min()) <= 1
+    again = task_items("generalised", of, TEST, generator(1, "halves"))
+    assert not torch.equal(found.gallery_test, again.gallery_test)
+
+
+def test_only_seen_training_items_are_trained_on():
+    data = Items.paired({"image": torch.randn(30, 2, generator=generator(0, "x"))}, TRAIN)
+    train, spec = training_task(data, DataSpec({"image": 2}, CLASSES), SEEN)
+    assert torch.equal(train.labels, TRAIN[subsets(TRAIN, TEST, SEEN).ss])
+    assert torch.equal(spec.seen, SEEN)
+
+
+class Plain:
+    """Its embedding is the feature itself, its similarity minus the distance."""
+
+    def encode(self, modality, x):
+        return x
+
+    def similarity(self, query, gallery, direction):
+        return -torch.cdist(query, gallery)
+
+
+def literal_map(scores, query_labels, gallery_labels):
+    found = []
+    for row, labels in zip(scores, query_labels, strict=True):
+        order = sorted(range(len(row)), key=lambda j: -row[j])
+        hits = [bool((gallery_labels[j] & labels).any()) for j in order]
+        if any(hits):
+            found.append(statistics.fmean(sum(hits[: i + 1]) / (i + 1) for i, hit in enumerate(hits) if hit))
+    return statistics.fmean(found)
+
+
+@pytest.mark.parametrize("task", ["seen", "unseen", "generalised"])
+def test_a_tasks_score_is_the_map_of_its_queries_and_gallery(task):
+    g = generator(0, "features")
+    train = Items.paired({m: torch.randn(30, 2, generator=g) for m in ("image", "text")}, TRAIN)
+    rows = torch.arange(0, 50, 3)  # every third test item has a text
+    test = Items(
+        {"image": torch.randn(50, 2, generator=g), "text": torch.randn(17, 2, generator=g)},
+        {"image": torch.arange(50), "text": rows},
+        TEST,
+    )
+    of = subsets(TRAIN, TEST, SEEN)
+    ranked = task_items(task, of, TEST, generator(0, "halves"))
+    scores = evaluate_task(Plain(), train, test, ranked, seed=0)
+
+    texts = [i for i in ranked.gallery_test.tolist() if i in rows]
+    gallery = torch.cat([train.features["text"][ranked.gallery_train], test.features["text"][[i // 3 for i in texts]]])
+    labels = torch.cat([TRAIN[ranked.gallery_train], TEST[texts]])
+    similarity = -torch.cdist(test.features["image"][ranked.queries], gallery)
+    expected = literal_map(similarity.tolist(), TEST[ranked.queries], labels)
+    assert scores["image->text"] == pytest.approx(expected, abs=1e-9)
+
+    asking = [i for i in ranked.queries.tolist() if i in rows]
+    gallery = torch.cat([train.features["image"][ranked.gallery_train], test.features["image"][ranked.gallery_test]])
+    labels = torch.cat([TRAIN[ranked.gallery_train], TEST[ranked.gallery_test]])
+    similarity = -torch.cdist(test.features["text"][[i // 3 for i in asking]], gallery)
+    expected = literal_map(similarity.tolist(), TEST[asking], labels)
+    assert scores["text->image"] == pytest.approx(expected, abs=1e-9)
+    assert scores["average"] == pytest.approx((scores["image->text"] + scores["text->image"]) / 2)
+
+
+def test_results_are_the_mean_and_the_sample_deviation_over_splits():
+    scores = [{"average": x, "image->text": 2 * x} for x in (0.1, 0.2, 0.3, 0.4, 0.5)]
+    found = over_splits(scores)
+    assert found["average"] == pytest.approx((0.3, 0.15811388))
+    assert found["image->text"] == pytest.approx((0.6, 0.31622777))
+    with pytest.raises(InputError, match=f"at least {MIN_SPLITS} class splits, got 4"):
+        over_splits(scores[:4])
+
+
+def semantic(noise=0.3):
+    """Training and test items whose features are an image of their class's vector: what is seen tells of the unseen."""
+    g = generator(0, "semantic")
+    vectors = torch.nn.functional.normalize(torch.randn(20, 6, generator=g))
+    mixing = {m: torch.randn(6, d, generator=g) for m, d in (("image", 16), ("text", 12))}
+    parts = []
+    for n in (400, 200):
+        classes = torch.arange(n) % 20
+        features = {
+            m: vectors[classes] @ w + noise * torch.randn(n, w.shape[1], generator=g) for m, w in mixing.items()
+        }
+        parts.append(Items.paired(features, torch.eye(20, dtype=torch.bool)[classes]))
+    return *parts, DataSpec({"image": 16, "text": 12}, 20, vectors)
+
+
+def test_jfse_ranks_unseen_classes_better_for_knowing_their_vectors():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    train, test, spec = semantic()
+    config = JFSEConfig(hidden=32, width=20, noise=8, critic_steps=1, allow_random=True, optimizer={"lr": 0.002})
+    kinds = {"trained": (spec.class_vectors, 20), "made up": (None, 20), "untrained": (spec.class_vectors, 0)}
+    found = {}
+    for name, (vectors, epochs) in kinds.items():
+        scores = {"unseen": [], "generalised": []}
+        for split in range(MIN_SPLITS):
+            seen = class_split(20, generator(split, "classes"))
+            own, known = training_task(train, DataSpec(spec.dims, 20, vectors), seen)
+            learner = JFSE(config, known, torch.device("cpu"), generator(0, "initial"))
+            learner.fit(own, epochs, generator(0, "fit"))
+            of = subsets(train.labels, test.labels, seen)
+            for task, so_far in scores.items():
+                ranked = task_items(task, of, test.labels, generator(split, "halves"))
+                so_far.append(evaluate_task(learner, train, test, ranked, seed=0))
+        found[name] = {task: over_splits(s)["average"][0] for task, s in scores.items()}
+    torch.set_num_threads(threads)
+    # made-up vectors are better than none: unseen items are told apart by the seen classes they resemble
+    assert found["trained"]["unseen"] > found["made up"]["unseen"] + 0.05 > found["untrained"]["unseen"] + 0.2
+    assert found["trained"]["generalised"] > found["made up"]["generalised"] > found["untrained"]["generalised"]
