@@ -105,6 +105,7 @@ def _zero_shot(results: Results) -> list[str]:
         return []
     head, *rows = experiment_table(measured)
     return [
+        "",
         "These are of seen classes' test items among themselves. The protocols of zero-shot retrieval, over "
         f"{splits_note(measured)} Below the methods what needs no training, under the same splits:",
         "",

@@ -13,9 +13,9 @@ Models are trained on SS alone, and every task asks queries of one modality for 
     unseen       UT                    US
     generalised  UT and half of ST     US and the other half of ST
 
-So galleries hold training items, in "seen" ones that were trained on. The test items are all published ones: the paper
-joins test and validation part (`evaluation.on: all-test`; by default they are those the round was not chosen on).
-Results are means and deviations over class splits, at least MIN_SPLITS of them.
+So galleries hold training items, in "seen" ones that were trained on. The paper's test items are all published
+ones, test and validation part joined (`evaluation.on: all-test`); by default they are those that did not choose the
+round. Results are means and deviations over class splits, at least MIN_SPLITS of them.
 
 In a run (`dataset.task`) all that clients and server see is of seen classes: training and validation items, counts and
 moments. Only `protocol` holds the rest, for the report on the final models. Columns of unseen items went before.
@@ -198,16 +198,19 @@ def evaluate_task(learner: Encoder, train: Items, test: Items, ranked: Ranked, s
     train, test: the data set's parts, scaled, on the learner's device. Ties are broken by the seed.
     """
     queries, parts = _select(train, test, ranked)
+    asked = {m: learner.encode(m, queries.features[m]) for m in queries.modalities}
+    there = {
+        m: torch.cat([learner.encode(m, part.features[m]) for part in parts if m in part.modalities])
+        for m in sorted({m for part in parts for m in part.modalities})
+    }
     found = {}
-    for direction, (asked, labels) in judged(train, test, ranked).items():
-        query, gallery = direction
-        encoded = learner.encode(query, queries.features[query])
-        there = torch.cat([learner.encode(gallery, p.features[gallery]) for p in parts if gallery in p.modalities])
+    for direction, (query_labels, gallery_labels) in judged(train, test, ranked).items():
+        query, gallery = asked[direction[0]], there[direction[1]]
         found[key(direction)] = mean_average_precision(
-            lambda rows, q=encoded, g=there, d=direction: learner.similarity(q[rows], g, d),  # type: ignore[misc]
-            asked,
-            labels,
-            order=tie_order(len(there), generator(seed, "ties")),
+            lambda rows, q=query, g=gallery, d=direction: learner.similarity(q[rows], g, d),  # type: ignore[misc]
+            query_labels,
+            gallery_labels,
+            order=tie_order(len(gallery), generator(seed, "ties")),
         )
     return average(found)
 

@@ -9,12 +9,15 @@ from statistics import fmean
 
 import pytest
 import torch
+import yaml
 from sklearn.metrics import average_precision_score
 
 import fedxmr
 from fedxmr import commands, sources
 from fedxmr.centralized import centralized
+from fedxmr.comparison import spread
 from fedxmr.data import load_dataset
+from fedxmr.reproduce import reproduce
 from fedxmr.seeding import generator
 from fedxmr.simulate import simulate
 from fedxmr.types import Items
@@ -179,6 +182,30 @@ def test_the_standard_task_is_what_it_was(tmp_path):
     data = sources.dataset(configured(base=SIX))
     assert data.spec.seen is None
     assert len(data.train) == 90
+
+
+def test_an_experiment_shows_each_task_over_splits_beside_the_floors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tree = configured(base=SIX).model_dump(mode="json", by_alias=True)
+    tree = {"dataset": {**tree["dataset"], "task": "zero-shot"}, "federation": {"rounds": 1}}
+    tree["experiment"] = {"seeds": 2, "methods": {m: {"set": {"strategy": m}} for m in ("fedcmr", "fedavg")}}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree))
+    assert commands.run(reproduce, ["small.yaml", "--out", "out", "--workers", "2"]) == commands.OK
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert "2 different splits of the classes; 5 or more would make it a result." in text
+    table = {
+        cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
+        for cells in (line.split("|") for line in text[text.index("protocols") :].splitlines() if line.startswith("|"))
+    }
+    unseen = table[""].index("unseen average")
+    for method in ("fedcmr", "fedavg"):
+        runs = [protocols(tmp_path / "out" / method / f"seed{seed}") for seed in (0, 1)]
+        assert runs[0]["unseen_classes"] != runs[1]["unseen_classes"]
+        assert table[method][unseen] == spread([run["selected"]["mean"]["unseen"]["average"] for run in runs])
+        assert table[method][-1] == spread([run["last"]["mean"]["unseen"]["average"] for run in runs])
+    assert table["*chance*"][unseen] == spread([run["floors"]["chance"]["unseen"]["average"] for run in runs])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["runs"]["fedavg"][1]["unseen average"] == runs[1]["selected"]["mean"]["unseen"]["average"]
 
 
 @pytest.mark.parametrize("command", [simulate, centralized])
