@@ -12,6 +12,7 @@ def centralized(
     assignments: commands.Assignments = None,
     config: commands.ConfigFile = None,
     dataset: commands.DatasetName = None,
+    task: commands.Task = None,
     features: commands.Features = None,
     data_dir: commands.DataDir = None,
     learner: commands.LearnerName = None,
@@ -38,6 +39,7 @@ def centralized(
     """
     options = {
         "dataset.name": dataset,
+        "dataset.task": task,
         "dataset.features": features,
         "dataset.data_dir": data_dir,
         "federation.clients": 1,

@@ -53,6 +53,14 @@ class EvaluateOn(StrEnum):
     all_test = "all-test"
 
 
+class TaskName(StrEnum):
+    """Which classes are seen in training."""
+
+    standard = "standard"
+    zero_shot = "zero-shot"
+    generalised = "generalised-zero-shot"
+
+
 def option(help: str, *names: str) -> Any:
     """An option of a command; by default its name is the parameter's."""
     return typer.Option(*names, help=help, show_default=False)
@@ -66,6 +74,9 @@ MethodName = Annotated[str | None, option("a method of the file's experiment, su
 DatasetName = Annotated[
     str | None,
     option("digits (default), wikipedia, wikipedia-multi, pascal, mfeat, iaprtc12, synthetic, or the path of a folder"),
+]
+Task = Annotated[
+    TaskName | None, option("zero-shot: half of the classes are unseen in training; generalised adds its scores")
 ]
 Features = Annotated[str | None, option("which features of the data set, such as sift-lda")]
 DataDir = Annotated[Path | None, option("where to look for data files first")]

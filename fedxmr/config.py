@@ -87,6 +87,12 @@ class DatasetConfig(_Named):
     scaling: dict[str, Literal["standardise", "norm", "none"]] = Field(
         default_factory=dict, description="modality -> scaling, where it differs from the data set's own"
     )
+    task: Literal["standard", "zero-shot", "generalised-zero-shot"] = Field(
+        "standard", description="zero-shot: half of the classes are unseen in training; generalised adds its own scores"
+    )
+    class_seed: int | None = Field(
+        None, description="zero-shot tasks: which classes are unseen is drawn from it; null: from the run's seed"
+    )
 
     @classmethod
     def _options(cls, name: str) -> type[BaseModel]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fedxmr.metrics import Retrieval, mean_average_precision, retrieval, tie_order
 from fedxmr.seeding import generator
-from fedxmr.types import Items, Learner
+from fedxmr.types import Encoder, Items, Learner
 
 MAX_PAIRS = 30
 """Ordered pairs of clients that cross-client retrieval is measured on: six clients' worth."""
@@ -38,7 +38,7 @@ def mean_scores(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def evaluate(learner: Learner, items: Items, seed: int) -> dict[str, float]:
+def evaluate(learner: Encoder, items: Items, seed: int) -> dict[str, float]:
     """mAP@all by direction, and their mean as "average".
 
     Queries are the items that have the one modality, the gallery those that have the other. Ties are broken by a
@@ -111,7 +111,7 @@ def ties(items: Items, gallery: str, seed: int) -> Tensor:
     return tie_order(len(items.rows[gallery]), generator(seed, "ties"))
 
 
-def _scores(learner: Learner, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Callable[[slice], Tensor]:
+def _scores(learner: Encoder, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Callable[[slice], Tensor]:
     """The scores of a slice of the queries against the whole gallery."""
     return lambda rows: learner.similarity(query[rows], gallery, direction)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from fedxmr import zero_shot_report
 from fedxmr.commands import say
 from fedxmr.config import Config
 from fedxmr.data import Dataset
@@ -47,13 +48,15 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
     across = None
     if len(models) > 1:
         across = evaluate_across([m.learner for m in models.values()], list(scaled.values()), config.seed)
-    write_json(out / "retrieval.json", _retrieval(summary, found, across))
+    zero_shot = zero_shot_report.measure(config, data, out, chosen)
+    content = _retrieval(summary, found, across)
+    write_json(out / "retrieval.json", content if zero_shot is None else {**content, "zero_shot": zero_shot})
     if pictures:
         from fedxmr.pictures import draw
 
         first = chosen[0]
         draw(out, found, models[first].learner, scaled[first], data.classes, config.seed)
-    _print(config, data, out, summary, across, found)
+    _print(config, data, out, summary, across, found, zero_shot)
     return summary
 
 
@@ -81,8 +84,11 @@ def _print(
     summary: Mapping[str, Any],
     across: Mapping[str, float] | None,
     found: Mapping[int, Mapping[str, Retrieval]],
+    zero_shot: Mapping[str, Any] | None,
 ) -> None:
     say(table(summary, _costs_by_client(out)))
+    if zero_shot is not None:
+        say(zero_shot_report.table(zero_shot))
     if across:
         say("cross-client mAP (query by one client, gallery by another), selected round: " + _scores(across))
     if "best_on_test" in summary["test"]:

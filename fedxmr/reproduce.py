@@ -81,6 +81,7 @@ def render(file: Path, plan: Plan, results: Results) -> str:
         f"Test mAP at the round chosen on validation, mean over clients; mean ± standard deviation over {plan.seeds} "
         "seeds. Differences are paired by seed.",
     ]
+    lines += _zero_shot(results)
     commits = sorted({str(run.environment["commit"])[:12] for runs in results.runs.values() for run in runs})
     lines += [f"Commit {', '.join(commits)}."]
     trials = len(next(iter(plan.methods.values())).trials())
@@ -94,6 +95,25 @@ def render(file: Path, plan: Plan, results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _zero_shot(results: Results) -> list[str]:
+    """Where every method ran a zero-shot task: its table, and what to know of it."""
+    from fedxmr.zero_shot_report import experiment_table, splits_note
+
+    found = {name: [run.retrieval.get("zero_shot") for run in runs] for name, runs in results.runs.items()}
+    measured = {name: [f for f in of_method if f is not None] for name, of_method in found.items()}
+    if not all(measured.values()):
+        return []
+    head, *rows = experiment_table(measured)
+    return [
+        "",
+        "These are of seen classes' test items among themselves. The protocols of zero-shot retrieval, over "
+        f"{splits_note(measured)} Below the methods what needs no training, under the same splits:",
+        "",
+        *(_row(cells) for cells in (head, ["---"] * len(head), *rows)),
+        "",
+    ]
+
+
 def score(run: Run) -> dict[str, float]:
     """What the table shows of a run."""
     summary = run.summary
@@ -104,6 +124,10 @@ def score(run: Run) -> dict[str, float]:
     found["megabytes"] = sum(summary["bytes"].values()) / 1e6
     if across := run.retrieval["cross_client"]:
         found["cross-client"] = across["average"]
+    if of_unseen := run.retrieval.get("zero_shot"):
+        from fedxmr.zero_shot_report import scores
+
+        found |= scores(of_unseen)
     return found
 
 

@@ -15,7 +15,7 @@ from fedxmr.learners import learner_class
 from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
 from fedxmr.seeding import generator
-from fedxmr.sources import scaling
+from fedxmr.sources import scaling, zero_shot
 from fedxmr.state import sha256, size
 from fedxmr.strategies import shared_names
 from fedxmr.types import DataSpec, Items, Learner, State
@@ -73,6 +73,7 @@ def check(config: Config, data: Dataset) -> None:
     """See that learner, strategy, scaling, device and data go together. Raises InputError."""
     own_device(config)
     scaling(config, data)
+    zero_shot(config)
     try:
         # on the CPU: the process that checks may not be one that trains, and is to take no GPU memory
         shared_names(config.strategy, build_learner(config.learner, data.spec, torch.device("cpu"), None))

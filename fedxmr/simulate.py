@@ -18,6 +18,7 @@ def simulate(
     config: commands.ConfigFile = None,
     method: commands.MethodName = None,
     dataset: commands.DatasetName = None,
+    task: commands.Task = None,
     features: commands.Features = None,
     data_dir: commands.DataDir = None,
     clients: Annotated[int | None, option("how many data owners")] = None,
@@ -54,6 +55,7 @@ def simulate(
     """
     options = {
         "dataset.name": dataset,
+        "dataset.task": task,
         "dataset.features": features,
         "dataset.data_dir": data_dir,
         "federation.clients": clients,
@@ -132,8 +134,9 @@ def _headline(config: Config) -> str:
     federation = config.federation
     who = f"{federation.clients} client{'s' if federation.clients > 1 else ''}"
     per_round = f", {federation.sample} per round" if federation.sample else ""
+    task = "" if config.dataset.task == "standard" else f", {config.dataset.task}"
     return (
-        f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}: {who}{per_round} "
+        f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round} "
         f"({config.partition.scheme}), {federation.rounds} rounds, seed {config.seed}"
     )
 

@@ -1,4 +1,4 @@
-"""Where a simulated client's items come from: the data set and its partition.
+"""Where a simulated client's items come from: the data set and its partition; and what a zero-shot task measures.
 
 All clients of a process share one data set in memory; what is cached is keyed by everything it depends on.
 """
@@ -13,29 +13,57 @@ from fedxmr.config import Config
 from fedxmr.data import Dataset, load_dataset
 from fedxmr.errors import unknown
 from fedxmr.partition import Part, PartitionConfig, partition
+from fedxmr.zero_shot import Protocol, protocol, seen_only, with_unseen_classes
 
 
 def dataset(config: Config) -> Dataset:
-    """The data set of a run. Raises InputError for a missing or bad file."""
-    return _dataset(config.dataset.model_dump_json())
+    """The data set of a run; in a zero-shot task of seen classes alone. Raises InputError for a missing or bad file."""
+    return _dataset(config.dataset.model_dump_json(), class_seed(config))
+
+
+def class_seed(config: Config) -> int | None:
+    """The seed of a zero-shot task's classes; None for the standard task."""
+    if config.dataset.task == "standard":
+        return None
+    return config.seed if config.dataset.class_seed is None else config.dataset.class_seed
+
+
+def zero_shot(config: Config) -> Protocol | None:
+    """What a zero-shot task measures, unseen classes included; None for the standard task."""
+    seed = class_seed(config)
+    if seed is None:
+        return None
+    whole = _whole(config.dataset.model_dump_json(), seed)
+    return protocol(whole, config.dataset.task, config.evaluation.on, seed)
 
 
 @lru_cache(maxsize=1)
-def _dataset(key: str) -> Dataset:
+def _dataset(key: str, class_seed: int | None) -> Dataset:
+    whole = _whole(key, class_seed)
+    return whole if class_seed is None else seen_only(whole)
+
+
+@lru_cache(maxsize=1)
+def _whole(key: str, class_seed: int | None) -> Dataset:
     options = json.loads(key)
     name, data_dir = options.pop("name"), options.pop("data_dir")
-    options.pop("scaling")
-    return load_dataset(name, options, data_dir)
+    for of_the_run in ("scaling", "task", "class_seed"):
+        options.pop(of_the_run)
+    data = load_dataset(name, options, data_dir)
+    return data if class_seed is None else with_unseen_classes(data, class_seed)
 
 
 def parts(config: Config) -> Sequence[Part]:
     """Every client's part of the training items. Raises InputError where the partition cannot be had."""
-    return _parts(config.dataset.model_dump_json(), config.partition, config.federation.clients, config.seed)
+    key = config.dataset.model_dump_json()
+    return _parts(key, class_seed(config), config.partition, config.federation.clients, config.seed)
 
 
 @lru_cache(maxsize=1)
-def _parts(dataset_key: str, scheme: PartitionConfig, clients: int, seed: int) -> Sequence[Part]:
-    return partition(_dataset(dataset_key).train, clients, scheme, seed)
+def _parts(
+    dataset_key: str, class_seed: int | None, scheme: PartitionConfig, clients: int, seed: int
+) -> Sequence[Part]:
+    return partition(_dataset(dataset_key, class_seed).train, clients, scheme, seed)
 
 
 def scaling(config: Config, data: Dataset) -> Mapping[str, str]:

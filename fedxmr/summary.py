@@ -39,10 +39,12 @@ def summarise(
     test = {"selected": _scored(selection.round, selected), "last": _scored(last, at_last)}
     if selection.best_on_test is not None:
         test["best_on_test"] = _scored(selection.best_on_test.round, selection.best_on_test.test)
+    task = {} if config.dataset.task == "standard" else {"task": config.dataset.task}
     trained = set().union(*participation.values())  # not those that were only ever evaluated
     models = "".join(f"{r.client} {r.state_sha256}\n" for r in reports if r.client in trained)
     return {
         "dataset": config.dataset.name,
+        **task,
         "learner": config.learner.name,
         "strategy": config.strategy.name,
         "engine": engine,
@@ -80,7 +82,7 @@ def table(summary: Mapping[str, Any], costs: Mapping[int, tuple[float, float]]) 
     """
     directions = [d for d in summary["test"]["last"]["mean"] if d != "average"]
     shown = [*(directions if len(directions) <= MAX_DIRECTIONS else []), "average"]
-    found = Table("test mAP@all", box=SIMPLE_HEAD, pad_edge=False)
+    found = Table("test mAP@all, seen" if "task" in summary else "test mAP@all", box=SIMPLE_HEAD, pad_edge=False)
     for column in (*shown, "MB moved", "seconds"):
         found.add_column(column, justify="right")
     for which, scored in summary["test"].items():

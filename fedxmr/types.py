@@ -126,7 +126,19 @@ class Proximal:
     anchor: State
 
 
-class Learner(Protocol):
+class Encoder(Protocol):
+    """What retrieval takes of a learner."""
+
+    def encode(self, modality: str, x: Tensor) -> Tensor:
+        """[n, d_m] features -> [n, k] representations in the common subspace."""
+        ...
+
+    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:
+        """Outputs of `encode`, [q, k] and [g, k] -> [q, g], higher is closer."""
+        ...
+
+
+class Learner(Encoder, Protocol):
     """A cross-modal retrieval method. Pure torch: it knows no Flower, no files and no other client.
 
     Built as `cls(config, spec, device, rng)`. `rng` is a CPU generator from which the parameters of all modalities are
@@ -153,14 +165,6 @@ class Learner(Protocol):
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train on `data` for some epochs; batches and noise come from `rng` (a CPU generator)."""
-        ...
-
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d_m] features -> [n, k] representations in the common subspace."""
-        ...
-
-    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:
-        """Outputs of `encode`, [q, k] and [g, k] -> [q, g], higher is closer."""
         ...
 
     def state(self, names: Collection[str] | None = None) -> State:

@@ -1,4 +1,4 @@
-"""Zero-shot and generalised zero-shot retrieval: class splits, and which items are query and gallery.
+"""Zero-shot and generalised zero-shot retrieval: class splits, what is trained on, and what is query and gallery.
 
 The protocol of JFSE (Xu et al., TPAMI 2022, section 4.1), after Chi and Peng (IJCAI 2018; IEEE TCSVT 2020). Half of the
 classes are seen. With the training and the test items of a data set that makes four subsets of items:
@@ -13,8 +13,12 @@ Models are trained on SS alone, and every task asks queries of one modality for 
     unseen       UT                    US
     generalised  UT and half of ST     US and the other half of ST
 
-So galleries hold training items, in "seen" ones that were trained on. The test items are all published ones: the paper
-joins test and validation part. Results are means and deviations over class splits, at least MIN_SPLITS of them.
+So galleries hold training items, in "seen" ones that were trained on. The paper's test items are all published
+ones, test and validation part joined (`evaluation.on: all-test`); by default they are those that did not choose the
+round. Results are means and deviations over class splits, at least MIN_SPLITS of them.
+
+In a run (`dataset.task`) all that clients and server see is of seen classes: training and validation items, counts and
+moments. Only `protocol` holds the rest, for the report on the final models. Columns of unseen items went before.
 
 A split is of classes, and an item of several classes may have seen and unseen ones; the paper has no such data. Here it
 is in no subset, for in training it would show an unseen class. Nor is an item of no class.
@@ -31,14 +35,21 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
+from fedxmr.data.dataset import Dataset, drop_unseen_columns
 from fedxmr.data.splits import stratified
 from fedxmr.errors import InputError
 from fedxmr.evaluation import average, key
 from fedxmr.metrics import mean_average_precision, tie_order
 from fedxmr.seeding import generator
-from fedxmr.types import DataSpec, Items, Learner
+from fedxmr.types import Encoder, Items
 
 Task = Literal["seen", "unseen", "generalised"]
+
+MEASURED: Mapping[str, tuple[Task, ...]] = {
+    "zero-shot": ("seen", "unseen"),
+    "generalised-zero-shot": ("seen", "unseen", "generalised"),
+}
+"""`dataset.task` -> what its report measures. Both train alike, as in the paper."""
 
 MIN_SPLITS = 5
 """Which classes are unseen decides more than the method: results over fewer splits are not results."""
@@ -64,6 +75,18 @@ class Ranked:
     queries: Tensor
     gallery_train: Tensor
     gallery_test: Tensor
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """All that the final models of a run are measured on.
+
+    train, test: items of all classes, raw or scaled. tasks: which of them are queries and gallery.
+    """
+
+    train: Items
+    test: Items
+    tasks: Mapping[Task, Ranked]
 
 
 def class_split(num_classes: int, rng: Generator, seen_share: float = 0.5) -> Tensor:
@@ -107,34 +130,88 @@ def task_items(task: Task, of: Subsets, test_labels: Tensor, rng: Generator) -> 
             return Ranked(queries, of.us, of.st[ranked])
 
 
-def training_task(train: Items, spec: DataSpec, seen: Tensor) -> tuple[Items, DataSpec]:
-    """What a learner may train on, and know: SS, and which classes are seen."""
-    ss, _ = _by_side(train.labels, seen)
-    return train.select(ss), replace(spec, seen=seen)
+def with_unseen_classes(data: Dataset, seed: int) -> Dataset:
+    """The data set with its classes split by a seed, and without the columns that compare with unseen items."""
+    seen = class_split(data.spec.num_classes, generator(seed, "classes"))
+    data = drop_unseen_columns(data, seen)
+    dropped = "; the columns of unseen items are left out" if data.column_class else ""
+    note = f"{data.name}: {int((~seen).sum())} of {len(seen)} classes are unseen, by seed {seed}{dropped}"
+    return replace(data, spec=replace(data.spec, seen=seen), notes=(*data.notes, note))
+
+
+def seen_only(data: Dataset) -> Dataset:
+    """What a run may train on and be chosen by: of a data set `with_unseen_classes`, the items of seen classes."""
+    seen = data.spec.seen
+    assert seen is not None, "asked for the seen classes of a data set without unseen ones"
+
+    def kept(items: Items) -> Items:
+        return items.select(_by_side(items.labels, seen)[0])
+
+    left, all_ = len(kept(data.train)), len(data.train)
+    note = f"{data.name}: trained and chosen on items of seen classes alone, {left} of {all_} training items"
+    return replace(
+        data,
+        train=kept(data.train),
+        validation=kept(data.validation),
+        test=kept(data.test),
+        all_test=kept(data.all_test),
+        notes=(*data.notes, note),
+    )
+
+
+def protocol(data: Dataset, task: str, on: Literal["test", "all-test"], seed: int) -> Protocol:
+    """What a `dataset.task` measures on a data set `with_unseen_classes`; the seed is of the generalised task's halves.
+
+    Raises InputError where nothing in a gallery could answer any query.
+    """
+    seen = data.spec.seen
+    assert seen is not None, "asked for the protocol of a data set without unseen classes"
+    test = data.all_test if on == "all-test" else data.test
+    of = subsets(data.train.labels, test.labels, seen)
+    tasks = {name: task_items(name, of, test.labels, generator(seed, "halves")) for name in MEASURED[task]}
+    for name, ranked in tasks.items():
+        asked = judged(data.train, test, ranked)
+        if not asked:
+            raise InputError(f"{data.name}: expected items for the zero-shot task {name!r}, got none")
+        for direction, (queries, gallery) in asked.items():
+            if not bool((queries.any(0) & gallery.any(0)).any()):
+                raise InputError(f"{data.name}: expected a class of {name} items in both of {key(direction)}, got none")
+    return Protocol(data.train, test, tasks)
+
+
+def judged(train: Items, test: Items, ranked: Ranked) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
+    """By direction, the labels of a task's queries [q, C] and of its gallery [g, C]."""
+    queries, parts = _select(train, test, ranked)
+    labels = {m: torch.cat([part.labels[part.rows[m]] for part in parts if m in part.rows]) for m in train.features}
+    return {
+        (query, gallery): (queries.labels[queries.rows[query]], labels[gallery])
+        for query in queries.modalities
+        for gallery in sorted(labels)
+        if gallery != query and len(labels[gallery])
+    }
 
 
 @torch.inference_mode()
-def evaluate_task(learner: Learner, train: Items, test: Items, ranked: Ranked, seed: int) -> dict[str, float]:
+def evaluate_task(learner: Encoder, train: Items, test: Items, ranked: Ranked, seed: int) -> dict[str, float]:
     """mAP@all by direction, and their mean as "average", as `evaluation.evaluate` has them.
 
     train, test: the data set's parts, scaled, on the learner's device. Ties are broken by the seed.
     """
-    queries = test.select(ranked.queries)
-    parts = (train.select(ranked.gallery_train), test.select(ranked.gallery_test))
+    queries, parts = _select(train, test, ranked)
+    asked = {m: learner.encode(m, queries.features[m]) for m in queries.modalities}
+    there = {
+        m: torch.cat([learner.encode(m, part.features[m]) for part in parts if m in part.modalities])
+        for m in sorted({m for part in parts for m in part.modalities})
+    }
     found = {}
-    for query in queries.modalities:
-        asked = learner.encode(query, queries.features[query])
-        for gallery in sorted({m for part in parts for m in part.modalities} - {query}):
-            there = [part for part in parts if gallery in part.modalities]
-            encoded = torch.cat([learner.encode(gallery, part.features[gallery]) for part in there])
-            labels = torch.cat([part.labels[part.rows[gallery]] for part in there])
-            direction = (query, gallery)
-            found[key(direction)] = mean_average_precision(
-                lambda rows, q=asked, g=encoded, d=direction: learner.similarity(q[rows], g, d),  # type: ignore[misc]
-                queries.labels[queries.rows[query]],
-                labels,
-                order=tie_order(len(encoded), generator(seed, "ties")),
-            )
+    for direction, (query_labels, gallery_labels) in judged(train, test, ranked).items():
+        query, gallery = asked[direction[0]], there[direction[1]]
+        found[key(direction)] = mean_average_precision(
+            lambda rows, q=query, g=gallery, d=direction: learner.similarity(q[rows], g, d),  # type: ignore[misc]
+            query_labels,
+            gallery_labels,
+            order=tie_order(len(gallery), generator(seed, "ties")),
+        )
     return average(found)
 
 
@@ -147,6 +224,15 @@ def over_splits(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float,
         raise InputError(f"zero-shot: expected at least {MIN_SPLITS} class splits, got {len(scores)}")
     names = list(scores[0])
     return {name: (fmean(s[name] for s in scores), stdev(s[name] for s in scores)) for name in names}
+
+
+def _select(train: Items, test: Items, ranked: Ranked) -> tuple[Items, tuple[Items, Items]]:
+    """A task's queries, and the two parts of its gallery; the index follows the items to their device."""
+    device = train.labels.device
+    queries, gallery_train, gallery_test = (
+        index.to(device) for index in (ranked.queries, ranked.gallery_train, ranked.gallery_test)
+    )
+    return test.select(queries), (train.select(gallery_train), test.select(gallery_test))
 
 
 def _by_side(labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

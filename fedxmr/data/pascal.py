@@ -2,9 +2,10 @@
 
 Not features of images and texts: each pair is described by how similar its image, and its text, is to each of the 700
 published training items, the same items in both modalities (files of Guo et al.'s HMGP). So a column is an item. In a
-federation it is another client's item, as every report says, and the columns of unseen-class items must go first in a
-zero-shot task: `fedxmr.data.dataset.drop_unseen_columns`. And the files set the same similarities of a pair to zero in
-both modalities, so each item's features say something of its other modality, and cosine finds its own pair untrained.
+federation it is another client's item, as every report says, and in a zero-shot task the columns of unseen-class items
+must go first, as in a run they do: `fedxmr.data.dataset.drop_unseen_columns`. And the files set the same similarities
+of a pair to zero in both modalities, so each item's features say something of its other modality, and cosine finds its
+own pair untrained.
 
 The published parts are 35 training and 15 test pairs per class. Validation is 5 of the 35, drawn from a seed.
 Class vectors are of the classes' MS-COCO names (files of LivXue/GNN4CMR).

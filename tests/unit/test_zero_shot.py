@@ -7,11 +7,23 @@ import statistics
 import pytest
 import torch
 
+from fedxmr.data.dataset import Dataset
 from fedxmr.errors import InputError
 from fedxmr.learners.jfse import JFSE, JFSEConfig
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items
-from fedxmr.zero_shot import MIN_SPLITS, class_split, evaluate_task, over_splits, subsets, task_items, training_task
+from fedxmr.zero_shot import (
+    MEASURED,
+    MIN_SPLITS,
+    class_split,
+    evaluate_task,
+    over_splits,
+    protocol,
+    seen_only,
+    subsets,
+    task_items,
+    with_unseen_classes,
+)
 
 CLASSES = 6
 SEEN = torch.tensor([True, False, True, False, True, False])
@@ -90,11 +102,66 @@ def test_the_generalised_task_halves_the_seen_test_items():
     assert not torch.equal(found.gallery_test, again.gallery_test)
 
 
-def test_only_seen_training_items_are_trained_on():
-    data = Items.paired({"image": torch.randn(30, 2, generator=generator(0, "x"))}, TRAIN)
-    train, spec = training_task(data, DataSpec({"image": 2}, CLASSES), SEEN)
-    assert torch.equal(train.labels, TRAIN[subsets(TRAIN, TEST, SEEN).ss])
-    assert torch.equal(spec.seen, SEEN)
+def items(labels, columns=CLASSES):
+    """The features of an item are its class number, in every column."""
+    x = labels.float().argmax(1, keepdim=True).expand(-1, columns).clone()
+    return Items.paired({"image": x, "text": x[:, :2].clone()}, labels)
+
+
+def data(train=TRAIN, validation=TEST[:20], test=TEST[20:], all_test=TEST):
+    """A data set whose image features are similarities to one item per class."""
+    return Dataset(
+        name="made-up",
+        spec=DataSpec({"image": CLASSES, "text": 2}, CLASSES),
+        classes=tuple("abcdef"),
+        train=items(train),
+        validation=items(validation),
+        test=items(test),
+        all_test=items(all_test),
+        all_test_overlaps=True,
+        scaling={"image": "none", "text": "none"},
+        column_class={"image": torch.arange(CLASSES)},
+    )
+
+
+def test_all_that_a_run_sees_is_of_seen_classes():
+    whole = with_unseen_classes(data(), 3)
+    seen = class_split(CLASSES, generator(3, "classes"))
+    left = seen_only(whole)
+    assert torch.equal(left.spec.seen, seen)
+    assert left.spec.dims == {"image": 3, "text": 2}
+    for part, labels in (("train", TRAIN), ("validation", TEST[:20]), ("test", TEST[20:]), ("all_test", TEST)):
+        own = getattr(left, part)
+        assert torch.equal(own.labels, labels[(labels & seen).any(1)])
+        assert own.features["image"][:, 0].tolist() == own.labels.float().argmax(1).tolist()  # each its own features
+        assert own.features["image"].shape[1] == 3
+    assert any("3 of 6 classes are unseen, by seed 3; the columns" in note for note in left.notes)
+    assert any("15 of 30 training items" in note for note in left.notes)
+
+
+@pytest.mark.parametrize("task", MEASURED)
+def test_a_protocol_asks_test_items_about_training_items(task):
+    whole = with_unseen_classes(data(), 3)
+    for on, labels in (("test", TEST[20:]), ("all-test", TEST)):
+        found = protocol(whole, task, on, 3)
+        of = subsets(TRAIN, labels, whole.spec.seen)
+        assert tuple(found.tasks) == MEASURED[task]
+        assert torch.equal(found.test.labels, labels)
+        assert torch.equal(found.tasks["unseen"].queries, of.ut)
+        assert torch.equal(found.tasks["unseen"].gallery_train, of.us)
+
+
+def test_a_task_that_nothing_could_answer_is_refused():
+    unseen = (~class_split(CLASSES, generator(3, "classes"))).nonzero().flatten().tolist()
+    one, other = one_hot([unseen[0]] * 5), one_hot([unseen[1]] * 5)
+    seen = TEST[(TEST & class_split(CLASSES, generator(3, "classes"))).any(1)]
+    with pytest.raises(InputError, match="a class of unseen items in both of image->text"):
+        protocol(with_unseen_classes(data(torch.cat([seen, one]), seen, torch.cat([seen, other])), 3), *ASKED)
+    with pytest.raises(InputError, match="expected items for the zero-shot task 'unseen'"):
+        protocol(with_unseen_classes(data(seen, seen, torch.cat([seen, other])), 3), *ASKED)
+
+
+ASKED = ("zero-shot", "test", 3)
 
 
 class Plain:
@@ -182,10 +249,10 @@ def test_jfse_ranks_unseen_classes_better_for_knowing_their_vectors():
         scores = {"unseen": [], "generalised": []}
         for split in range(MIN_SPLITS):
             seen = class_split(20, generator(split, "classes"))
-            own, known = training_task(train, DataSpec(spec.dims, 20, vectors), seen)
-            learner = JFSE(config, known, torch.device("cpu"), generator(0, "initial"))
-            learner.fit(own, epochs, generator(0, "fit"))
             of = subsets(train.labels, test.labels, seen)
+            known = DataSpec(spec.dims, 20, vectors, seen)
+            learner = JFSE(config, known, torch.device("cpu"), generator(0, "initial"))
+            learner.fit(train.select(of.ss), epochs, generator(0, "fit"))
             for task, so_far in scores.items():
                 ranked = task_items(task, of, test.labels, generator(split, "halves"))
                 so_far.append(evaluate_task(learner, train, test, ranked, seed=0))

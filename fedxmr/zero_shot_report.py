@@ -1,0 +1,131 @@
+"""The zero-shot part of a report: a run's final models on unseen classes, beside the floors; and its tables.
+
+retrieval.json has it as `zero_shot`:
+    seen_classes, unseen_classes   names
+    selected, last                 round; mean: task -> direction -> mAP; clients: the same for each, with its number
+    floors                         name -> task -> direction -> mAP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from fedxmr import floors, sources
+from fedxmr.comparison import spread
+from fedxmr.config import Config
+from fedxmr.data import Dataset
+from fedxmr.evaluation import mean_scores
+from fedxmr.models import load
+from fedxmr.scaling import Moments, Scaler, scale
+from fedxmr.setting import own_device
+from fedxmr.summary import MAX_DIRECTIONS
+from fedxmr.zero_shot import MIN_SPLITS, Protocol, evaluate_task
+
+WHICH: tuple[Literal["selected", "last"], ...] = ("selected", "last")
+
+
+def measure(config: Config, data: Dataset, out: Path, clients: Sequence[int]) -> dict[str, Any] | None:
+    """retrieval.json's `zero_shot`; None for the standard task. data: the run's. clients: those evaluated."""
+    of, seen = sources.zero_shot(config), data.spec.seen
+    if of is None or seen is None:
+        return None
+    return {
+        "seen_classes": [name for name, is_seen in zip(data.classes, seen.tolist(), strict=True) if is_seen],
+        "unseen_classes": [name for name, is_seen in zip(data.classes, seen.tolist(), strict=True) if not is_seen],
+        **{which: _models(config, of, out, clients, which) for which in WHICH},
+        "floors": _floors(config, data, of),
+    }
+
+
+def _models(
+    config: Config, of: Protocol, out: Path, clients: Sequence[int], which: Literal["selected", "last"]
+) -> dict[str, Any]:
+    device, own, round = own_device(config), [], 0
+    for k in clients:
+        model = load(out, k, which, str(device))
+        round = model.round
+        train, test = model.scale(of.train).to(device), model.scale(of.test).to(device)
+        own.append({t: evaluate_task(model.learner, train, test, r, config.seed) for t, r in of.tasks.items()})
+    mean = {task: mean_scores([scores[task] for scores in own]) for task in of.tasks}
+    return {
+        "round": round,
+        "mean": mean,
+        "clients": [{"client": k, **scores} for k, scores in zip(clients, own, strict=True)],
+    }
+
+
+def _floors(config: Config, data: Dataset, of: Protocol) -> dict[str, Any]:
+    """What needs no federation: by name, those that this data set can have. Features are scaled by all that is seen."""
+    how = sources.scaling(config, data)
+    moments = {m: Moments.of(x) for m, x in data.train.features.items() if how[m] == "standardise"}
+    scaler = Scaler.of(moments)
+    scaled = replace(of, train=scale(of.train, how, scaler), test=scale(of.test, how, scaler))
+    train, validation = (scale(items, how, scaler) for items in (data.train, data.validation))
+    found = {
+        "chance": floors.chance(of),
+        "raw cosine": floors.raw_cosine(of, data.spec, config.seed),
+        "scaled cosine": floors.raw_cosine(scaled, data.spec, config.seed),
+        "ridge to class vectors": floors.ridge_to_class_vectors(scaled, train, validation, data.spec, config.seed),
+    }
+    return {name: scores for name, scores in found.items() if scores is not None}
+
+
+def table(found: Mapping[str, Any]) -> Table:
+    """A run's zero-shot mAP, mean over clients, by task and direction, at the selected and at the last round."""
+    tasks = found["last"]["mean"]
+    directions = [d for d in next(iter(tasks.values())) if d != "average"]
+    shown = [*(directions if len(directions) <= MAX_DIRECTIONS else []), "average"]
+    drawn = Table("zero-shot mAP@all", box=SIMPLE_HEAD, pad_edge=False)
+    for column in shown:
+        drawn.add_column(column, justify="right")
+    for which in WHICH:
+        drawn.add_row(f"{which}, round {found[which]['round']}, mean", style="bold")
+        for task, scores in found[which]["mean"].items():
+            drawn.add_row(f"  {task}", *(f"{scores[d]:.3f}" for d in shown))
+        drawn.add_section()
+    drawn.add_row("without training", style="bold")
+    for name, by_task in found["floors"].items():
+        for task, scores in by_task.items():
+            drawn.add_row(f"  {task}, {name}", *(f"{scores[d]:.3f}" for d in shown))
+    return drawn
+
+
+def scores(found: Mapping[str, Any]) -> dict[str, float]:
+    """A run's scores for an experiment: "unseen image->text" ... at the selected round, "last unseen average" ..."""
+    flat = _flat(found["selected"]["mean"])
+    return {**flat, **{f"last {name}": value for name, value in _flat(found["last"]["mean"]).items()}}
+
+
+def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
+    """The rows of an experiment's table, head first. runs: method -> `zero_shot` of its runs, one per class split.
+
+    Mean and standard deviation over the runs; below, the floors under the splits of the first method.
+    """
+    first = next(iter(runs.values()))
+    columns = list(_flat(first[0]["selected"]["mean"]))
+    last = [f"last {name}" for name in columns if name.endswith("average")]
+    rows = [["", *columns, *last]]
+    for method, found in runs.items():
+        of_each = [scores(f) for f in found]
+        rows.append([method, *(spread([s[c] for s in of_each]) for c in (*columns, *last))])
+    for name in first[0]["floors"]:
+        of_each = [_flat(f["floors"][name]) for f in first]
+        rows.append([f"*{name}*", *(spread([s[c] for s in of_each]) for c in columns), *("" for _ in last)])
+    return rows
+
+
+def splits_note(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """What to know of the splits behind an experiment's table."""
+    splits = {tuple(found["unseen_classes"]) for of_method in runs.values() for found in of_method}
+    few = "" if len(splits) >= MIN_SPLITS else f"; {MIN_SPLITS} or more would make it a result"
+    return f"{len(splits)} different splits of the classes{few}."
+
+
+def _flat(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    return {f"{task} {direction}": value for task, of in by_task.items() for direction, value in of.items()}
