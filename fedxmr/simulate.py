@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -111,6 +112,7 @@ def run(
         parts = sources.parts(config)
         check(config, data)
         engine = engines.choose(config.runtime)
+        engine.check(config)
         out = resume or out or _free_folder(config)
         ended = resume is not None and recording.reopen(out, config, parts)
         if not resume:
@@ -123,6 +125,10 @@ def run(
         if not ended:
             engine.run(server, "clients.app:app", config, run_config)
         return report(config, data, out, pictures=pictures)
+    except InputError:
+        if not resume:  # what was asked for is not there: nothing has begun
+            shutil.rmtree(out, ignore_errors=True)
+        raise
     except BaseException:
         say(f"stopped; what was measured so far is in {out}")
         if recording.resumable(out):

@@ -46,7 +46,7 @@ def main(grid: Grid, context: Context) -> None:
 def prepare(config: Config, out: Path) -> Dataset:
     """Check everything that can be checked and make the run folder; the data set. Raises InputError."""
     if not out.is_absolute():
-        raise InputError(f"out: expected an absolute path, got {str(out)!r}")
+        raise InputError(f"out: expected the absolute path of a new run folder in --run-config, got {str(out)!r}")
     data = sources.dataset(config)
     parts = sources.parts(config)
     check(config, data)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedxmr.config import Config, RuntimeConfig
 
 ENGINES = {"local": "fedxmr.engines.local", "ray": "fedxmr.engines.ray"}
-"""Name -> module, imported when chosen. Each has `run(server, client, config, run_config)`."""
+"""Name -> module, imported when chosen. Each has `check(config)` and `run(server, client, config, run_config)`."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,21 @@ class Engine:
     def __str__(self) -> str:
         return f"{self.name} ({self.reason})" if self.reason else self.name
 
+    def check(self, config: Config) -> None:
+        """See, as far as can be seen before it starts, that what is asked of it is there. Raises InputError."""
+        self._module(config).check(config)
+
     def run(self, server: ServerApp, client: str, config: Config, run_config: Mapping[str, Any]) -> None:
         """Run both apps to the end; client: "module:attribute" of the ClientApp. What the ServerApp raises comes out.
 
         run_config: `config`, the configuration as YAML, `out`, the run folder, and `resume`.
         """
+        self._module(config).run(server, client, config, run_config)
+
+    def _module(self, config: Config) -> Any:
         if self.name == "ray" and config.runtime.ray_address is None:
             _guard()
-        importlib.import_module(ENGINES[self.name]).run(server, client, config, run_config)
+        return importlib.import_module(ENGINES[self.name])
 
 
 def _guard() -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -46,6 +47,8 @@ ENVIRONMENT = {
 PRIVATE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # so soon Ray's processes end where this one is killed
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 VITAL = ("raylet", "gcs_server")
 """The processes without which a private Ray is none."""
 
@@ -61,7 +64,6 @@ def opened(runtime: RuntimeConfig) -> Iterator[Check]:
         with _private(runtime) as check:
             yield check
         return
-    _ask(runtime.ray_address)
     try:
         _init(address=runtime.ray_address, runtime_env={"env_vars": ENVIRONMENT})
         yield partial(_check_cluster, runtime.ray_address)
@@ -75,11 +77,16 @@ def nodes() -> list[Node]:
     return [Node(int(r["CPU"]), int(r.get("GPU", 0))) for r in resources if r.get("CPU", 0) >= 1]
 
 
+def gpus_here(runtime: RuntimeConfig) -> int:
+    """The GPUs of this machine that clients may use."""
+    return 0 if runtime.device.startswith("cpu") else torch.cuda.device_count()
+
+
 @contextmanager
 def _private(runtime: RuntimeConfig) -> Iterator[Check]:
     usual = tempfile.gettempdir()
     folder = Path(tempfile.mkdtemp(prefix="fedxmr-", dir=usual if len(usual) <= TEMPORARY else "/tmp"))
-    gpus = 0 if runtime.device.startswith("cpu") else torch.cuda.device_count()
+    gpus = gpus_here(runtime)
     try:
         with _environment({**ENVIRONMENT, **PRIVATE}):
             _init(address="local", num_cpus=cores(), num_gpus=gpus, include_dashboard=False, _temp_dir=str(folder))
@@ -92,18 +99,30 @@ def _private(runtime: RuntimeConfig) -> Iterator[Check]:
 
 
 def _init(address: str, **options: Any) -> None:
-    """ray.init, which takes SIGTERM for itself: what was there is put back.
+    """ray.init, which takes SIGTERM for itself and may swallow what a handler raises: neither is left at that.
 
     Raises InputError where a cluster cannot be joined, FederationError where a private Ray does not start.
     """
     in_main = threading.current_thread() is threading.main_thread()
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {int(number): signal.getsignal(number) for number in SIGNALS}
+    came: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        handler = handlers[number]
+        if callable(handler):
+            handler(number, frame)
+
     try:
+        if in_main:
+            for number in (number for number, handler in handlers.items() if callable(handler)):
+                signal.signal(number, note)
         with clock.part("start_up"):
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **options)
+        if came:  # and Ray has swallowed what the handler raised
+            raise KeyboardInterrupt
     except SystemExit as error:  # SIGTERM came meanwhile
-        if callable(handler):
-            handler(signal.SIGTERM, None)
+        note(signal.SIGTERM, None)
         raise KeyboardInterrupt from error
     except Exception as error:  # Ray raises that itself, and whatever it trips on
         why = " ".join(str(error).split())
@@ -112,7 +131,8 @@ def _init(address: str, **options: Any) -> None:
         raise InputError(f"engine ray: the cluster at {address} cannot be joined: {why}") from error
     finally:
         if in_main:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 @contextmanager
@@ -157,7 +177,7 @@ def _check_cluster(address: str) -> None:
         raise FederationError(f"engine ray: the cluster is gone: {silence}")
 
 
-def _ask(address: str) -> None:
+def ask(address: str) -> None:
     """See that a cluster is at an address. Raises InputError; Ray itself would wait for a minute, or for ever."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

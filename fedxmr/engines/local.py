@@ -24,6 +24,10 @@ THIS_PROCESS = 0
 """The one worker there is."""
 
 
+def check(config: Config) -> None:
+    """Nothing is needed that is not there."""
+
+
 def run(server: ServerApp, client: str, config: Config, run_config: Mapping[str, Any]) -> None:
     """Run both apps to the end, in this thread. Whatever the ServerApp raises comes out."""
     clients, budget = config.federation.clients, config.runtime.memory_budget

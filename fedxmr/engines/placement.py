@@ -58,6 +58,8 @@ def place(runtime: RuntimeConfig, nodes: Sequence[Node], per_round: int, *, gpu:
         raise InputError(f"engine ray: {what} for a worker are more than any machine has")
     if runtime.workers is not None:
         workers = runtime.workers
+        if workers > per_round:
+            raise InputError(f"runtime.workers: expected at most the {per_round} clients of a round, got {workers}")
         if workers > slots and (gpu or runtime.cpus_per_client):
             raise InputError(f"runtime.workers: expected at most {slots}, as there is no room for more, got {workers}")
     elif fixed and not gpu:

@@ -23,8 +23,10 @@ from fedxmr.commands import say
 from fedxmr.config import Config
 from fedxmr.engines import cluster, transport
 from fedxmr.engines.carrier import SERVER_NODE, CarrierGrid, client_of, context, error_reply, scratch
+from fedxmr.engines.placement import Node, place
 from fedxmr.engines.workers import Reference, WorkerLost, Workers
 from fedxmr.errors import FederationError, StateLost
+from fedxmr.machine import cores
 from fedxmr.recording import add_environment
 from fedxmr.timing import clock
 
@@ -39,6 +41,16 @@ INLINE = 50_000
 
 WORK = ("fit", "evaluate", "state")
 """Parts of a worker's time that the driver waits for: of the worker that is done last they count as the driver's."""
+
+
+def check(config: Config) -> None:
+    """See that a cluster answers at the address, or that this machine has what is asked for. Raises InputError."""
+    runtime, federation = config.runtime, config.federation
+    if runtime.ray_address is not None:
+        cluster.ask(runtime.ray_address)
+        return
+    here = Node(cores(), cluster.gpus_here(runtime))
+    place(runtime, [here], federation.sample or federation.clients, gpu=here.gpus > 0)
 
 
 def run(server: ServerApp, client: str, config: Config, run_config: Mapping[str, Any]) -> None:

@@ -207,6 +207,7 @@ class Here(Toy):
         ),
         (["--engine", "ray", "--cpus-per-client", "1000"], "1000 cores for a worker are more than any machine has"),
         (["--engine", "local", "--workers", "2"], "runtime: workers: only the engine ray has it"),
+        (["--workers", "4"], "runtime.workers: expected at most the 3 clients of a round, got 4"),
         (["--workers", "0"], "runtime.workers: input should be greater than or equal to 1"),
         (["--gpus-per-client", "1.5"], "runtime.gpus_per_client: above 1, expected a whole number of GPUs"),
         (["--memory-budget", "much"], "runtime.memory_budget"),
@@ -218,6 +219,7 @@ def test_what_cannot_be_had_is_told_in_one_line(tmp_path, capsys, arguments, say
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_choice_of_the_engine_is_told_with_its_reason(monkeypatch):
