@@ -56,7 +56,7 @@ class Residents:
     """The clients of one run in this process, those used last at the end."""
 
     def __init__(self) -> None:
-        self._run: tuple[str, str] | None = None
+        self._run: tuple[str, ...] | None = None
         self._setting: Setting | None = None
         self._clients: dict[int, Client] = {}
         self._sizes: dict[int, int] = {}
@@ -111,8 +111,12 @@ class Residents:
         return Client(setting, parts[place.client].take(setting.data.train), place.client)
 
     def _settle(self, context: Context, place: Place) -> Setting:
-        """What all clients of this process share; another run begins with nobody here."""
-        run = (str(context.run_config["config"]), str(context.run_config["out"]))
+        """What all clients of this process share; another run, or life of the worker, begins with nobody here."""
+        run = (
+            str(context.run_config["config"]),
+            str(context.run_config["out"]),
+            str(context.node_config.get("life", "")),
+        )
         if self._setting is None or self._run != run:
             config = Config.from_yaml(run[0])
             torch.set_num_threads(config.runtime.threads or place.threads)

@@ -195,6 +195,8 @@ class RuntimeConfig(_Section):
     def _check(self) -> Self:
         if self.engine == "local" and (only := self.only_ray):
             raise ValueError(f"{only[0]}: only the engine ray has it, got engine local")
+        if self.engine == "ray" and ":" in self.device:
+            raise ValueError(f"device: a worker sees its own GPU alone, expected cuda, cpu or auto, got {self.device}")
         return self
 
     @property

@@ -104,8 +104,9 @@ class _Bar(Bar):
     def get_renderables(self) -> Iterable[RenderableType]:
         """Called by rich at each refresh."""
         activity = self._activity
-        if activity.what == "train" and activity.asked and self.task_ids:
-            self.update(self.task_ids[0], completed=self.round + activity.done / activity.asked)
+        if activity.what == "train" and activity.done < activity.asked and self.task_ids:
+            total = self.tasks[0].total or 0  # the last message is one to train without training
+            self.update(self.task_ids[0], completed=min(self.round + activity.done / activity.asked, total))
         yield self.make_tasks_table(self.tasks)
         if activity.working:
             yield Text(f"  clients {activity.done}/{activity.asked}", style="dim")

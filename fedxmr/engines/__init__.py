@@ -66,6 +66,6 @@ def choose(runtime: RuntimeConfig) -> Engine:
         return Engine(runtime.engine)
     if only := runtime.only_ray:
         return Engine("ray", f"auto: {only[0]} is given")
-    if not runtime.device.startswith("cpu") and torch.cuda.is_available():
+    if runtime.device in ("auto", "cuda") and torch.cuda.is_available():
         return Engine("ray", "auto: there is a GPU")
     return Engine("local", "auto: no GPU, no Ray address")

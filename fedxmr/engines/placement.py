@@ -45,6 +45,8 @@ def place(runtime: RuntimeConfig, nodes: Sequence[Node], per_round: int, *, gpu:
     """
     if not nodes:
         raise InputError("engine ray: expected a machine with a CPU, got none")
+    if gpu:
+        nodes = [node for node in nodes if node.gpus]
     cores, smallest = sum(node.cpus for node in nodes), min(node.cpus for node in nodes)
     gpus = (runtime.gpus_per_client or 1.0) if gpu else 0.0
     if runtime.gpus_per_client and not gpu:

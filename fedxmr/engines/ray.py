@@ -39,7 +39,7 @@ LOOK = 2.0
 INLINE = 50_000
 """Bytes that are sent along with every message sooner than fetched from the object store."""
 
-WORK = ("fit", "evaluate", "state")
+WORK = ("start_up", "fit", "evaluate", "state")
 """Parts of a worker's time that the driver waits for: of the worker that is done last they count as the driver's."""
 
 
@@ -58,6 +58,13 @@ def run(server: ServerApp, client: str, config: Config, run_config: Mapping[str,
 
     Raises InputError where Ray, the cluster or what is asked of it is not there.
     """
+    try:
+        _run(server, client, config, run_config)
+    except RayError as error:
+        raise FederationError(f"engine ray: {' '.join(str(error).split())}") from error
+
+
+def _run(server: ServerApp, client: str, config: Config, run_config: Mapping[str, Any]) -> None:
     out = Path(str(run_config["out"]))
     with scratch(out), cluster.opened(config.runtime) as check, Workers(client, config, out, check) as workers:
         threads = config.runtime.threads or workers.placement.threads
@@ -65,10 +72,7 @@ def run(server: ServerApp, client: str, config: Config, run_config: Mapping[str,
         facts = {"workers": len(workers), "machines": workers.machines, "threads": threads, "gpus_per_worker": gpus}
         add_environment(out, **facts)
         say("ray: " + ", ".join(f"{name.replace('_', ' ')} {value:g}" for name, value in facts.items() if value))
-        try:
-            server(RayGrid(workers, config), context(SERVER_NODE, {}, run_config))
-        except RayError as error:
-            raise FederationError(f"engine ray: {' '.join(str(error).split())}") from error
+        server(RayGrid(workers, config), context(SERVER_NODE, {}, run_config))
 
 
 class RayGrid(CarrierGrid):
@@ -91,7 +95,8 @@ class RayGrid(CarrierGrid):
                 self._workers.check()
                 self._checked = time.monotonic()
             if not self._workers.complete:
-                self._workers.ready()
+                with clock.part("start_up"):
+                    self._workers.ready()
             seconds = self._deadline if timeout is None else timeout
             course = Exchange(self._workers, messages, seconds, self.activity)
             course.run()
@@ -137,7 +142,7 @@ class Exchange:
                 self._receive(working[reference], reference)
             if not answered:
                 self._workers.check()
-                self._end_late()
+            self._end_late()
             if not self.died and not self.hung:
                 for worker in self._waiting:
                     self._send(worker)

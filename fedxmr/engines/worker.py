@@ -88,6 +88,7 @@ class Worker:
         self._place = {
             "num-partitions": self._clients,
             "alive": True,
+            "life": life,
             "state-dir": str(states),
             "threads": threads,
             "memory-budget": budget // share,

@@ -51,7 +51,7 @@ def simulate(cluster: Cluster, out: Path, *arguments: str) -> subprocess.Popen[s
 
 def scratch_folders() -> set[Path]:
     """What workers that do not have the run folder keep on their machines."""
-    return set(Path(tempfile.gettempdir()).glob("fedxmr-*/*"))
+    return set(Path(tempfile.gettempdir()).glob(f"fedxmr-{16 * '?'}/*"))
 
 
 def test_a_cluster_gives_the_same_bytes_and_keeps_nothing(tmp_path, cluster):

@@ -208,6 +208,7 @@ class Here(Toy):
         (["--engine", "ray", "--cpus-per-client", "1000"], "1000 cores for a worker are more than any machine has"),
         (["--engine", "local", "--workers", "2"], "runtime: workers: only the engine ray has it"),
         (["--workers", "4"], "runtime.workers: expected at most the 3 clients of a round, got 4"),
+        (["--engine", "ray", "--device", "cuda:1"], "device: a worker sees its own GPU alone"),
         (["--workers", "0"], "runtime.workers: input should be greater than or equal to 1"),
         (["--gpus-per-client", "1.5"], "runtime.gpus_per_client: above 1, expected a whole number of GPUs"),
         (["--memory-budget", "much"], "runtime.memory_budget"),
@@ -235,6 +236,7 @@ def test_the_choice_of_the_engine_is_told_with_its_reason(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     assert chosen() == "ray (auto: there is a GPU)"
     assert chosen(engine="local") == "local"
+    assert chosen(device="cuda:1").startswith("local")
     assert chosen(device="cpu") == "local (auto: no GPU, no Ray address)"
 
 

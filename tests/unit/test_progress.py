@@ -71,6 +71,21 @@ def test_clients_done_are_a_part_of_the_round_for_the_time_left():
     assert progress.completed == 3.5
 
 
+def test_the_bar_does_not_run_past_its_end_in_the_last_message():
+    activity = Activity()
+    screen = Console(file=io.StringIO(), force_terminal=True, width=200)
+    progress = Progress(configured("federation.rounds=10"), activity, screen)
+    for round in (9, 10):
+        progress.trained(round, 0.5)
+        screen.print(progress.renderable)
+        assert progress.completed == round
+        activity.ask("train", 2)
+        activity.begin(0, 0)
+        activity.end(0)
+        screen.print(progress.renderable)
+    assert progress.completed == 10
+
+
 def test_busy_seconds_are_counted_once():
     activity = Activity()
     activity.ask("train", 2)
