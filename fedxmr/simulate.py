@@ -125,11 +125,10 @@ def run(
         if not ended:
             engine.run(server, "clients.app:app", config, run_config)
         return report(config, data, out, pictures=pictures)
-    except InputError:
-        if not resume:  # what was asked for is not there: nothing has begun
+    except BaseException as error:
+        if isinstance(error, InputError) and not (out / "metrics.jsonl").exists():  # nothing has begun: nothing is lost
             shutil.rmtree(out, ignore_errors=True)
-        raise
-    except BaseException:
+            raise
         say(f"stopped; what was measured so far is in {out}")
         if recording.resumable(out):
             say(f"to go on from its last checkpoint: python -m fedxmr.simulate --resume {out}")

@@ -13,6 +13,7 @@ import pytest
 
 from fedxmr import commands
 from fedxmr.centralized import centralized
+from fedxmr.errors import InputError
 from fedxmr.simulate import simulate
 from tests.federations import SMALL
 
@@ -286,3 +287,14 @@ def test_only_the_first_of_several_signals_is_heeded():
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert ended.code == 143
+
+
+def test_bad_input_found_after_the_rounds_does_not_cost_the_run(tmp_path, monkeypatch, capsys):
+    def damaged(*_: object, **__: object) -> None:
+        raise InputError("a model: damaged")
+
+    monkeypatch.setattr("fedxmr.report.report", damaged)
+    out = tmp_path / "run"
+    assert commands.run(simulate, [*SMALL, "--no-pictures", "--out", str(out)]) == commands.BAD_INPUT
+    assert (out / "summary.json").is_file()
+    assert "what was measured so far is in" in capsys.readouterr().out
