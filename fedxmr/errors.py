@@ -20,15 +20,23 @@ class StateLost(RuntimeError):
     kind, round: of the message at which it happened.
     died: client -> why, of those that were being worked for when their process died.
     hung: client -> why, of those whose process was ended because they did not answer in time.
+    found: client -> why, of those whose process was found to have died before it turned to them.
     """
 
-    def __init__(self, kind: str, round: int, died: Mapping[int, str], hung: Mapping[int, str]) -> None:
-        reasons = {**died, **hung}
+    def __init__(
+        self,
+        kind: str,
+        round: int,
+        *,
+        died: Mapping[int, str] | None = None,
+        hung: Mapping[int, str] | None = None,
+        found: Mapping[int, str] | None = None,
+    ) -> None:
+        self.died, self.hung, found = dict(died or {}), dict(hung or {}), dict(found or {})
+        reasons = {**self.died, **self.hung, **found}
         super().__init__("; ".join(f"client {client}: {reason}" for client, reason in sorted(reasons.items())))
         self.kind = kind
         self.round = round
-        self.died = died
-        self.hung = hung
 
 
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:

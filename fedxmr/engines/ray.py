@@ -101,9 +101,10 @@ class RayGrid(CarrierGrid):
             course = Exchange(self._workers, messages, seconds, self.activity)
             course.run()
         clock.shift("messages", course.longest())
-        if course.died or course.hung:
+        if course.lost:
             about = messages[0].metadata
-            raise StateLost(about.message_type, int(about.group_id or 0), course.died, course.hung)
+            lost = {"died": course.died, "hung": course.hung, "found": course.found}
+            raise StateLost(about.message_type, int(about.group_id or 0), **lost)
         return course.replies
 
 
@@ -111,6 +112,7 @@ class Exchange:
     """Messages on their way to the workers and back.
 
     replies: those that came. died, hung: client -> why, of those a worker was working for when it died or was ended.
+    found: client -> why, of those whose worker had died before.
     """
 
     def __init__(self, workers: Workers, messages: Sequence[Message], seconds: float, activity: Activity) -> None:
@@ -118,6 +120,7 @@ class Exchange:
         self.replies: list[Message] = []
         self.died: dict[int, str] = {}
         self.hung: dict[int, str] = {}
+        self.found: dict[int, str] = {}
         self._workers = workers
         self._seconds = seconds
         self._activity = activity
@@ -143,9 +146,14 @@ class Exchange:
             if not answered:
                 self._workers.check()
             self._end_late()
-            if not self.died and not self.hung:
+            if not self.lost:
                 for worker in self._waiting:
                     self._send(worker)
+
+    @property
+    def lost(self) -> bool:
+        """Whether a worker is gone."""
+        return bool(self.died or self.hung or self.found)
 
     def longest(self) -> Mapping[str, float]:
         """The parts of its work of the worker that was done last."""
@@ -174,7 +182,7 @@ class Exchange:
         try:
             answer = self._workers.receive(reference)
         except WorkerLost as lost:
-            self._lose(worker, self.died, str(lost))
+            self._lose(worker, self.found if lost.before else self.died, str(lost))
             return
         except RuntimeError as error:
             self.replies.append(error_reply(message, str(error)))

@@ -42,7 +42,14 @@ POLL = 0.5
 
 
 class WorkerLost(Exception):
-    """A worker died, and what it had in memory with it. The message says how, as far as it is known."""
+    """A worker died, and what it had in memory with it. The message says how, as far as it is known.
+
+    before: it had died before it turned to the message that tells.
+    """
+
+    def __init__(self, reason: str, *, before: bool = False) -> None:
+        super().__init__(reason)
+        self.before = before
 
 
 class Workers:
@@ -133,7 +140,7 @@ class Workers:
             raise WorkerLost(f"its worker died ({type(error).__name__})") from error
         if answer is None:
             self.complete = False
-            raise WorkerLost("its worker had died and was restarted")
+            raise WorkerLost("its worker had died and was restarted", before=True)
         self._write(answer.files)
         return answer
 
@@ -147,7 +154,15 @@ class Workers:
 
         Raises FederationError where none is left, or one cannot start.
         """
-        places, before = self._await(), self._actors
+        end = time.monotonic() + self._patience
+        self._gather(end)
+        while not self._settle():  # one died meanwhile
+            self._gather(end)
+        self.complete = True
+
+    def _gather(self, end: float) -> None:
+        """Know where every worker is, and have only those that are there."""
+        places, before = self._await(end), self._actors
         for worker, actor in enumerate(self._actors):
             if worker not in places:
                 ray.kill(actor)
@@ -158,12 +173,9 @@ class Workers:
             raise FederationError(f"engine ray: no worker answered within {self._patience:g} s")
         if lost := len(before) - len(self._actors):
             say(f"ray: {lost} of {len(before)} workers are gone for good; the others take over their clients")
-        self._settle()
-        self.complete = True
 
-    def _await(self) -> dict[int, Where]:
-        """Worker -> where it is, of those that answer."""
-        end = time.monotonic() + self._patience
+    def _await(self, end: float) -> dict[int, Where]:
+        """Worker -> where it is, of those that answer in time."""
         asked: dict[Reference, int] = {actor.where.remote(): worker for worker, actor in enumerate(self._actors)}
         places: dict[int, Where] = {}
         while asked and (left := end - time.monotonic()) > 0:
@@ -182,8 +194,8 @@ class Workers:
                 break
         return places
 
-    def _settle(self) -> None:
-        """Tell every worker where it works and what it may use."""
+    def _settle(self) -> bool:
+        """Tell every worker where it works and what it may use. False where one has died."""
         plan, asked = self.placement, list[Reference]()
         self._lives = [secrets.token_hex(8) for _ in self._actors]
         for worker, actor in enumerate(self._actors):
@@ -195,8 +207,10 @@ class Workers:
             ray.get(asked, timeout=self._patience)
         except (RayTaskError, GetTimeoutError) as error:
             raise FederationError(f"engine ray: a worker cannot start: {_cause(error)}") from error
-        except RayError:  # it died meanwhile: the next message to it will tell
+        except RayError:
             log.debug("a worker died while it settled", exc_info=True)
+            return False
+        return True
 
     def _has_run_folder(self, worker: int) -> bool:
         """Whether a worker is on this machine; one on another is taken not to share its disk."""

@@ -386,13 +386,23 @@ def test_twenty_killed_workers_in_one_run_change_no_byte(tmp_path):
     federate(tmp_path / "whole", *arguments)
     killed, ended, rng = [], threading.Event(), np.random.default_rng(0)
 
-    def kill_some() -> None:
-        while not ended.wait(rng.uniform(0.2, 2.0)) and len(killed) < 20:
+    def kill_one() -> None:
+        workers: list[psutil.Process] = []
+        while not workers and not ended.wait(0.01):
             workers = [p for p in psutil.Process().children(recursive=True) if "ray::Worker" in " ".join(p.cmdline())]
-            if workers:
-                victim = workers[rng.integers(len(workers))]
-                victim.kill()
-                killed.append(victim.pid)
+        if workers:
+            victim = workers[rng.integers(len(workers))]
+            victim.kill()
+            killed.append(victim.pid)
+
+    def kill_some() -> None:
+        """Ten times two: the first in a round, the second some time later, most often while the run recovers."""
+        for round in sorted(rng.choice(range(5, 280), 10, replace=False)):
+            while last_round(tmp_path / "run") < round and not ended.wait(0.01):
+                pass
+            kill_one()
+            ended.wait(rng.uniform(0.0, 1.5))
+            kill_one()
 
     killer = threading.Thread(target=kill_some)
     killer.start()
@@ -404,3 +414,11 @@ def test_twenty_killed_workers_in_one_run_change_no_byte(tmp_path):
     assert len(killed) == 20
     assert summary["recovered"]
     assert same_bytes(tmp_path / "whole", tmp_path / "run")
+
+
+def last_round(run: Path) -> int:
+    """The last round in a run's records."""
+    with suppress(OSError, ValueError):  # not there yet, or half a line
+        if lines := (run / "metrics.jsonl").read_text().splitlines():
+            return int(json.loads(lines[-1])["round"])
+    return 0

@@ -122,7 +122,7 @@ def lose_at(monkeypatch: pytest.MonkeyPatch, at: list[tuple[str, int]]) -> None:
         if left and left[0] == (kind, round):
             left.pop(0)
             residents.__init__()
-            raise StateLost(kind, round, {0: "its worker died"}, {})
+            raise StateLost(kind, round, died={0: "its worker died"})
         return replies
 
     monkeypatch.setattr(LocalGrid, "exchange", losing)
