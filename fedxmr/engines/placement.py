@@ -45,19 +45,22 @@ def place(runtime: RuntimeConfig, nodes: Sequence[Node], per_round: int, *, gpu:
     """
     if not nodes:
         raise InputError("engine ray: expected a machine with a CPU, got none")
-    if gpu:
-        nodes = [node for node in nodes if node.gpus]
-    cores, smallest = sum(node.cpus for node in nodes), min(node.cpus for node in nodes)
     gpus = (runtime.gpus_per_client or 1.0) if gpu else 0.0
     if runtime.gpus_per_client and not gpu:
         raise InputError(f"runtime.gpus_per_client: {runtime.gpus_per_client:g} cannot be had: there is no GPU to use")
     fixed = runtime.cpus_per_client or runtime.threads
-    slots = sum(node.cpus // fixed for node in nodes) if fixed else cores
-    if gpu:
-        slots = min(slots, sum(_gpu_slots(node, gpus) for node in nodes))
-    if slots < 1:
-        what = f"{runtime.gpus_per_client:g} GPUs" if gpu and runtime.gpus_per_client else f"{fixed} cores"
+
+    def slots_of(node: Node) -> int:
+        by_cpu = node.cpus // (fixed or 1)
+        return min(by_cpu, _gpu_slots(node, gpus)) if gpu else by_cpu
+
+    nodes = [node for node in nodes if slots_of(node)]
+    if not nodes:
+        asked = {"cores": fixed, "GPUs": runtime.gpus_per_client}
+        what = " and ".join(f"{number:g} {name}" for name, number in asked.items() if number) or "a core and a GPU"
         raise InputError(f"engine ray: {what} for a worker are more than any machine has")
+    slots, cores = sum(map(slots_of, nodes)), sum(node.cpus for node in nodes)
+    smallest = min(node.cpus for node in nodes)
     if runtime.workers is not None:
         workers = runtime.workers
         if workers > per_round:
@@ -68,10 +71,17 @@ def place(runtime: RuntimeConfig, nodes: Sequence[Node], per_round: int, *, gpu:
         workers = math.ceil(per_round / math.ceil(per_round / slots))
     else:
         workers = max(math.gcd(slots, per_round), 1 if gpu else len(nodes))
-    share = min(cores // workers, smallest)
-    threads = runtime.threads or runtime.cpus_per_client or max(share, 1)
-    cpus = runtime.cpus_per_client or (float(threads) if threads * workers <= cores else cores / workers)
-    return Placement(workers, threads, cpus, gpus)
+
+    def of(workers: int) -> Placement:
+        share = min(cores // workers, smallest)
+        threads = runtime.threads or runtime.cpus_per_client or max(share, 1)
+        cpus = runtime.cpus_per_client or (float(threads) if threads * workers <= cores else cores / workers)
+        return Placement(workers, threads, cpus, gpus)
+
+    if runtime.workers is not None:
+        return of(workers)
+    # machines of different sizes may not have room for equal shares of all cores
+    return next(found for w in range(workers, 0, -1) if (found := of(w)).room(nodes) >= w)
 
 
 def _gpu_slots(node: Node, gpus: float) -> int:

@@ -61,6 +61,24 @@ def test_what_is_placed_has_room(cores, machines, per_round, workers, threads):
     assert workers is None or found.workers == workers
 
 
+@given(
+    nodes=st.lists(st.builds(Node, cpus=st.integers(1, 16), gpus=st.integers(0, 3)), min_size=1, max_size=5),
+    per_round=st.integers(1, 20),
+    threads=st.one_of(st.none(), st.integers(1, 8)),
+    share=st.one_of(st.none(), st.sampled_from([0.25, 0.33, 0.5, 1.0, 2.0])),
+    gpu=st.booleans(),
+)
+def test_machines_of_any_sizes_have_room_for_all_that_is_placed(nodes, per_round, threads, share, gpu):
+    gpu = gpu and any(node.gpus for node in nodes)
+    try:
+        found = place(RuntimeConfig(threads=threads, gpus_per_client=share if gpu else None), nodes, per_round, gpu=gpu)
+    except InputError:
+        usable = [node.cpus for node in nodes if not gpu or node.gpus >= (share or 1.0)]
+        assert max(usable, default=0) < (threads or 1)
+        return
+    assert found.room(nodes) >= found.workers >= 1
+
+
 def test_one_thread_for_each_means_the_fewest_waves():
     assert placed(2, per_round=3, threads=1) == Placement(2, 1, 1.0, 0.0)
     assert placed(8, per_round=10, threads=1).workers == 5  # two waves either way
