@@ -39,6 +39,11 @@ class StateLost(RuntimeError):
         self.round = round
 
 
+def one_line(error: BaseException) -> str:
+    """An error's own words without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a list, with the nearest one that is."""
     known = sorted(known)

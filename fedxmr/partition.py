@@ -27,6 +27,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedxmr.arrays import read_npz
 from fedxmr.errors import InputError
 from fedxmr.seeding import generator
 from fedxmr.types import Items
@@ -137,15 +138,14 @@ def save_partition(path: Path, parts: Sequence[Part]) -> None:
         arrays[f"held/{modality}"] = torch.cat(masks).numpy()
     unfinished = path.with_name(path.name + ".part")
     with unfinished.open("wb") as opened:
-        np.savez(opened, allow_pickle=False, **arrays)
+        np.savez(opened, allow_pickle=False, **arrays)  # noqa: TID251 - without pickle
     unfinished.replace(path)
 
 
 def load_partition(path: Path) -> Sequence[Part]:
     """Read what save_partition wrote. Raises InputError for a file that is missing, damaged or something else."""
     try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = read_npz(path, path.stat().st_size)  # it is not compressed
         items, offsets = arrays["items"], arrays["offsets"]
         held = {name.removeprefix("held/"): mask for name, mask in arrays.items() if name.startswith("held/")}
     except Exception as error:  # whatever reading damaged bytes trips on: BadZipFile, zlib.error, KeyError ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import logging
 import os
 import time
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedxmr.errors import InputError
+from fedxmr.errors import InputError, one_line
 
 SILENCE = 20.0
 """Seconds a server may send nothing."""
@@ -57,12 +58,21 @@ def locate(file: RemoteFile, data_dir: Path | None = None) -> Path:
     return _download(file)
 
 
-def read_mat(path: Path) -> Mapping[str, Any]:
-    """The variables of a MATLAB file, structs as dicts. Raises InputError where it is not one or is damaged."""
+def read_mat(path: Path, sha256: str) -> Mapping[str, Any]:
+    """The variables of a MATLAB file whose bytes have this checksum, structs as dicts.
+
+    scipy's parser believes what it reads, and ends the process at some malformed files: it is given no others than
+    those that were published. Raises InputError where the file is another, or no MATLAB file.
+    """
     from scipy.io import loadmat
 
     try:
-        contents: Mapping[str, Any] = loadmat(path, simplify_cells=True)
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got {one_line(error)}") from error
+    _compare(path, sha256, hashlib.sha256(content).hexdigest())
+    try:
+        contents: Mapping[str, Any] = loadmat(io.BytesIO(content), simplify_cells=True)
     except Exception as error:  # whatever scipy's parser trips on: IndexError, zlib.error, MatReadError ...
         raise InputError(f"{path}: expected a MATLAB file, got one that cannot be read ({one_line(error)})") from error
     return contents
@@ -74,8 +84,8 @@ def matrix(path: Path, contents: Mapping[str, Any], name: str, shape: tuple[int,
     contents: what `read_mat` found in the file at `path`. Raises InputError for another shape and for NaN.
     """
     value: Any = contents.get(name)
-    if hasattr(value, "toarray"):
-        value = value.toarray()
+    if hasattr(value, "toarray") and value.shape == shape:
+        value = _spread_out(path, name, value)
     if not isinstance(value, np.ndarray) or value.shape != shape or value.dtype.kind not in "fiub":
         got = f"{list(value.shape)} {value.dtype}" if isinstance(value, np.ndarray) else type(value).__name__
         raise InputError(f"{path}: expected {name} to be {list(shape)} numbers, got {got}")
@@ -85,9 +95,13 @@ def matrix(path: Path, contents: Mapping[str, Any], name: str, shape: tuple[int,
     return found
 
 
-def one_line(error: Exception) -> str:
-    """An error's own words without line breaks."""
-    return " ".join(str(error).split()) or type(error).__name__
+def _spread_out(path: Path, name: str, sparse: Any) -> Any:
+    """A sparse matrix as an array; one whose indices point outside it would be written beside its memory."""
+    try:
+        sparse.check_format(full_check=True)
+        return sparse.toarray()
+    except Exception as error:  # whatever scipy trips on
+        raise InputError(f"{path}: expected {name} to be a sparse matrix, got {one_line(error)}") from error
 
 
 def _verify(path: Path, expected: str) -> None:
@@ -96,6 +110,10 @@ def _verify(path: Path, expected: str) -> None:
             found = hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise InputError(f"{path}: expected a readable file, got {one_line(error)}") from error
+    _compare(path, expected, found)
+
+
+def _compare(path: Path, expected: str, found: str) -> None:
     if found != expected:
         raise InputError(f"{path}: expected sha256 {expected}, got {found}")
 

@@ -27,25 +27,21 @@ Features are given raw: the run scales them.
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from fedxmr.arrays import Array, read_npy, read_npz
 from fedxmr.data.dataset import MODALITY_NAME, Dataset, multi_hot
-from fedxmr.data.files import one_line
-from fedxmr.errors import InputError, unknown
+from fedxmr.errors import InputError, one_line, unknown
 from fedxmr.types import DataSpec, Items
 
 PARTS = ("train", "validation", "test")
-Array = npt.NDArray[Any]
 
 
 class Options(BaseModel):
@@ -203,10 +199,7 @@ def _split(path: Path, items: int) -> Mapping[str, Tensor]:
     if not path.is_file():
         raise InputError(f"{path}: expected an archive of {', '.join(PARTS)}, got nothing there")
     try:
-        with zipfile.ZipFile(path):  # np.load tells other files from archives too, but may open them as something else
-            pass
-        with np.load(path, allow_pickle=False) as archive:
-            stored = {part: archive[part] for part in archive.files}
+        stored = read_npz(path, items * np.dtype(np.int64).itemsize)
     except Exception as error:  # whatever reading damaged bytes trips on: BadZipFile, zlib.error, TokenError ...
         raise InputError(f"{path}: expected an .npz archive without Python objects, got {one_line(error)}") from error
     if set(stored) != set(PARTS):
@@ -243,10 +236,9 @@ def _array(path: Path) -> Array:
     if not path.is_file():
         raise InputError(f"{path}: expected a .npy array, got nothing there")
     try:
-        array: Array = np.lib.format.open_memmap(path, mode="r")
+        return read_npy(path)
     except Exception as error:  # whatever reading damaged bytes trips on: EOFError, TokenError, OverflowError ...
         raise InputError(f"{path}: expected a .npy array without Python objects, got {one_line(error)}") from error
-    return array
 
 
 def _describe(array: Array) -> str:

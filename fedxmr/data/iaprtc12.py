@@ -15,9 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedxmr.data.dataset import Dataset
-from fedxmr.data.files import RemoteFile, github, locate, one_line
+from fedxmr.data.files import RemoteFile, github, locate
 from fedxmr.data.splits import first_copies, stratified_labels
-from fedxmr.errors import InputError
+from fedxmr.errors import InputError, one_line
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items
 

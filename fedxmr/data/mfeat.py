@@ -50,7 +50,7 @@ class Options(BaseModel):
 def load(options: Options, data_dir: Path | None = None) -> Dataset:
     """The digits in six modalities. Raises InputError for a file that is missing, altered or damaged."""
     path = locate(FILE, data_dir)
-    contents = read_mat(path)
+    contents = read_mat(path, FILE.sha256)
     features = {}
     for modality, (name, width) in MODALITIES.items():
         parts = [matrix(path, contents, f"{name}_{part}", (rows, width)) for part, rows in

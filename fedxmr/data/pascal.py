@@ -70,7 +70,7 @@ class Options(BaseModel):
 def load(options: Options, data_dir: Path | None = None) -> Dataset:
     """Pascal as "image" and "text". Raises InputError for files that are missing, altered or damaged."""
     path = locate(SIMILARITIES, data_dir)
-    contents = read_mat(path)
+    contents = read_mat(path, SIMILARITIES.sha256)
     trained, tested = (
         {modality: matrix(path, contents, f"{name}_{part}", (rows, TRAIN)) for modality, name in
          (("image", "SX"), ("text", "SY"))} for part, rows in (("tr", TRAIN), ("te", TEST))
@@ -104,7 +104,7 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
 def _classes(data_dir: Path | None) -> tuple[Tensor, Tensor]:
     """The classes of the training and of the test pairs, [700] and [300] int64 from 0."""
     path = locate(CATEGORIES, data_dir)
-    struct = read_mat(path).get("cat")
+    struct = read_mat(path, CATEGORIES.sha256).get("cat")
     if not isinstance(struct, dict):
         raise InputError(f"{path}: expected a struct 'cat', got {type(struct).__name__}")
     found = []
@@ -121,4 +121,4 @@ def _classes(data_dir: Path | None) -> tuple[Tensor, Tensor]:
 def _vectors(name: str, data_dir: Path | None) -> Tensor:
     """[20, 300] the class vectors."""
     path = locate(VECTORS[name], data_dir)
-    return matrix(path, read_mat(path), "inp", (80, 300))[torch.tensor(COCO_ROWS)]
+    return matrix(path, read_mat(path, VECTORS[name].sha256), "inp", (80, 300))[torch.tensor(COCO_ROWS)]

@@ -16,9 +16,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedxmr.data.dataset import Dataset, Scaling, multi_hot
-from fedxmr.data.files import RemoteFile, github, locate, matrix, one_line, read_mat
+from fedxmr.data.files import RemoteFile, github, locate, matrix, read_mat
 from fedxmr.data.splits import stratified
-from fedxmr.errors import InputError
+from fedxmr.errors import InputError, one_line
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items
 
@@ -121,7 +121,7 @@ def read_labels(data_dir: Path | None) -> Labels:
 def read_cnn(labels: Labels, data_dir: Path | None) -> Tensor:
     """[2866, 128] CNN image features after PCA. Raises InputError where the file's own labels are not `labels`."""
     path = locate(CNN, data_dir)
-    struct = read_mat(path).get("data")
+    struct = read_mat(path, CNN.sha256).get("data")
     if not isinstance(struct, dict):
         raise InputError(f"{path}: expected a struct 'data', got {type(struct).__name__}")
     image = matrix(path, struct, "X1", (128, TRAIN + TEST)).T.contiguous()
@@ -147,7 +147,7 @@ def read_sift_lda(data_dir: Path | None) -> tuple[Tensor, Tensor]:
 def both_parts(file: RemoteFile, train: str, test: str, width: int, data_dir: Path | None) -> Tensor:
     """[2866, width]: two matrices of a MATLAB file, one below the other."""
     path = locate(file, data_dir)
-    contents = read_mat(path)
+    contents = read_mat(path, file.sha256)
     return torch.cat([matrix(path, contents, train, (TRAIN, width)), matrix(path, contents, test, (TEST, width))])
 
 

@@ -417,7 +417,7 @@ def test_a_mfeat_file_with_other_contents_is_refused(
     change: dict[str, Any], expected: str, digits_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     read = mfeat.read_mat
-    monkeypatch.setattr(mfeat, "read_mat", lambda path: {**read(path), **change})
+    monkeypatch.setattr(mfeat, "read_mat", lambda *file: {**read(*file), **change})
     with pytest.raises(InputError, match=r"handwritten_6views\.mat: " + expected):
         load_dataset("mfeat", data_dir=digits_folder)
 
@@ -433,7 +433,7 @@ def test_a_pascal_file_with_other_contents_is_refused(
     change: dict[str, Any], expected: str, pascal_folder: Path, monkeypatch: pytest.MonkeyPatch
 ):
     read = pascal.read_mat
-    monkeypatch.setattr(pascal, "read_mat", lambda path: {**read(path), **change})
+    monkeypatch.setattr(pascal, "read_mat", lambda *file: {**read(*file), **change})
     with pytest.raises(InputError, match=r"pascal1K_cat\.mat: " + expected):
         load_dataset("pascal", data_dir=pascal_folder)
 

@@ -132,8 +132,8 @@ def test_features_whose_labels_disagree_with_the_lists_are_refused(
 ):
     read = wikipedia.read_mat
 
-    def swapped(path: Path) -> dict[str, object]:
-        contents = dict(read(path))
+    def swapped(*file: object) -> dict[str, object]:
+        contents = dict(read(*file))
         if "data" in contents:
             labels = contents["data"]["Y"].toarray()
             first, other = 0, int((labels.argmax(0) != labels[:, 0].argmax()).argmax())
@@ -159,6 +159,6 @@ def test_a_mat_file_with_other_contents_is_refused(
     name: str, value: object, expected: str, benchmark_data: Path, monkeypatch: pytest.MonkeyPatch
 ):
     read = wikipedia.read_mat
-    monkeypatch.setattr(wikipedia, "read_mat", lambda path: {**read(path), name: value})
+    monkeypatch.setattr(wikipedia, "read_mat", lambda *file: {**read(*file), name: value})
     with pytest.raises(InputError, match=r"raw_features\.mat: " + expected):
         load_dataset("wikipedia", {"features": "sift-lda"}, benchmark_data)
