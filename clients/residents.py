@@ -99,8 +99,9 @@ class Residents:
         for k in list(self._clients):
             if total <= place.budget:
                 return
-            for held in self._clients.pop(k).states():
+            for held in self._clients[k].states():
                 Store(place.states, k).save(held)
+            del self._clients[k]  # not before: where the disk is full it stays alive
             total -= self._sizes.pop(k, 0)
 
     def _new(self, context: Context, place: Place) -> Client:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,15 +17,15 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import click
 import typer
 
-from fedxmr.errors import FederationError, InputError, unknown
+from fedxmr.errors import FederationError, InputError, one_line, out_of_memory, unknown
 
 if TYPE_CHECKING:
     from fedxmr.config import Config
 
 OK, BAD_INPUT, FAILED, INTERRUPTED = 0, 2, 3, 130
-"""Exit codes: every round stood; bad input, nothing written; the federation could not go on, or its disk; Ctrl-C.
+"""Exit codes: every round stood; bad input; the federation could not go on, or its disk or memory; Ctrl-C.
 
-SIGTERM and SIGHUP end a run as Ctrl-C does, with 143 and 129.
+SIGTERM and SIGHUP end a run as Ctrl-C does, with 143 and 129. The last line says whether a run can go on.
 """
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
@@ -146,8 +147,9 @@ def say(line: object) -> None:
 def main(command: Callable[..., None]) -> NoReturn:
     """Run a command as a program, and end at once: Python's own shutdown, with all that was imported, takes seconds."""
     code = run(command)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # nobody reads it
+            stream.flush()
     os._exit(code)
 
 
@@ -155,22 +157,48 @@ def run(command: Callable[..., None], arguments: Sequence[str] | None = None) ->
     """Run a command's function on the command line's arguments; returns the exit code."""
     os.environ.update(QUIET)
     application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    application.command()(command)
+    caught: list[BaseException] = []
+
+    @functools.wraps(command)
+    def catching(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except BaseException as error:  # typer would turn some into exit codes of its own
+            caught.append(error)
+
+    application.command()(catching)
     ended = Ended()
     try:
         with ended.by_signals():
             code = int(application(arguments, standalone_mode=False) or OK)
-            return ended.code if code == INTERRUPTED else code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        return ended.code
+    except (click.exceptions.Abort, KeyboardInterrupt) as error:
+        caught = [error]
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
-    except InputError as error:
-        return _complain(str(error), BAD_INPUT)
-    except FederationError as error:
-        return _complain(str(error), FAILED)
-    except OSError as error:
-        return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED)
+    if caught:
+        return _account(caught[0], ended)
+    return ended.code if code == INTERRUPTED else code
+
+
+def _account(error: BaseException, ended: Ended) -> int:
+    """Say in one line why a command ended, and in another, where there is one, what can be done about it.
+
+    Returns the exit code. An error that nobody expected is raised again, to be shown whole.
+    """
+    match error:
+        case InputError():
+            return _complain(str(error), BAD_INPUT, error)
+        case FederationError():
+            return _complain(str(error), FAILED, error)
+        case KeyboardInterrupt() | click.exceptions.Abort():
+            return _complain(f"interrupted by {signal.Signals(ended.code - 128).name}", ended.code, error)
+        case OSError():
+            return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED, error)
+        case SystemExit():  # rich's, whose message is lost
+            return _complain("standard output or error cannot be written: Broken pipe", FAILED, error)
+        case _ if out_of_memory(error):
+            return _complain(f"out of memory: {one_line(error)}", FAILED, error)
+    raise error
 
 
 CLOSING = 20.0
@@ -210,6 +238,9 @@ class Ended:
                 signal.signal(number, handler)
 
 
-def _complain(line: str, code: int) -> int:
-    sys.stderr.write(f"error: {line}\n")
+def _complain(line: str, code: int, error: BaseException | None = None) -> int:
+    """Write a line, and below it an error's notes; `code`."""
+    with suppress(OSError):  # nobody reads it
+        sys.stderr.write("\n".join([f"error: {line}", *getattr(error, "__notes__", [])]) + "\n")
+        sys.stderr.flush()
     return code

@@ -44,6 +44,20 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def reason(error: BaseException) -> str:
+    """An error's kind and its own words, in one line."""
+    words = one_line(error)
+    kind = type(error).__name__
+    return kind if words == kind else f"{kind}: {words}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there is not enough memory; of the CPU's torch says so in a plain RuntimeError."""
+    if isinstance(error, MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(s in str(error) for s in ("out of memory", "can't allocate memory"))
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a list, with the nearest one that is."""
     known = sorted(known)

@@ -196,8 +196,9 @@ def _run_one(folder: Path, config: Config) -> None:
     command += ["--out", str(folder), "--overwrite"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **QUIET})
     if ended.returncode:
-        last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-        raise FederationError(f"{folder}: {last.removeprefix('error: ')}")
+        lines = ended.stderr.strip().splitlines() or ["no message"]
+        why = next((line for line in lines if line.startswith("error: ")), lines[-1])
+        raise FederationError(f"{folder}: {why.removeprefix('error: ')}")
 
 
 def _ended(folder: Path, config: Config) -> bool:

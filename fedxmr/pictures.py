@@ -10,14 +10,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
-from torch.utils.tensorboard import SummaryWriter
 
+from fedxmr.events import Events
 from fedxmr.metrics import RECALL_LEVELS, Retrieval
 from fedxmr.seeding import generator
 from fedxmr.types import Items, Learner
 
 MAX_POINTS = 400
 """Items in the t-SNE picture; each is there once per modality it has."""
+
+DPI = 120
 
 MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
 
@@ -40,10 +42,12 @@ def draw(
     }
     folder = out / "pictures"
     folder.mkdir(exist_ok=True)
-    with SummaryWriter(str(out)) as writer:
+    with Events(out) as events:
         for name, figure in figures.items():
-            figure.savefig(folder / f"{name}.png", dpi=120)
-            writer.add_figure(f"pictures/{name}", figure)
+            path = folder / f"{name}.png"
+            figure.savefig(path, dpi=DPI)
+            width, height = figure.get_size_inches() * DPI
+            events.picture(f"pictures/{name}", path.read_bytes(), (int(width), int(height)))
 
 
 def precision_recall_figure(found: Mapping[int, Mapping[str, Retrieval]]) -> Figure:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -28,12 +30,9 @@ from fedxmr.partition import Part, load_partition, save_partition
 from fedxmr.setting import own_device
 
 if TYPE_CHECKING:
-    from torch.utils.tensorboard import SummaryWriter
+    from fedxmr.events import Events
 
 Line = dict[str, Any]
-
-FLUSH = 5
-"""Seconds after which TensorBoard sees what was recorded."""
 
 
 def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -> None:
@@ -92,9 +91,13 @@ def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
     saved = load_partition(out / "partition.npz")
     if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
         raise InputError(f"{out}: its partition is not the one this configuration makes; has the data changed?")
-    for path in [path for pattern in END_PRODUCTS for path in out.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    try:
+        for path in [path for pattern in END_PRODUCTS for path in out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if has != had:
+            _write_whole(out / "config.yaml", config.to_yaml())
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
     return False
 
 
@@ -109,9 +112,16 @@ def _check_checkpoint(out: Path) -> None:
         client_state(out, facts["round"], int(client))
 
 
-def resumable(out: Path) -> bool:
-    """Whether a run folder has a checkpoint."""
-    return bool(rounds(out))
+def outlook(out: Path) -> str:
+    """What a user can do about a run that has stopped: whether it can go on, and how."""
+    trained, reported = (out / "summary.json").is_file(), (out / "retrieval.json").is_file()
+    if trained and reported:
+        return f"this run has ended; its results are in {out}"
+    kept = f"what was measured so far is in {out}"
+    if not trained and not rounds(out):
+        return f"{kept}; it cannot be resumed: no checkpoint yet"
+    where = "with its report" if trained else f"from the checkpoint of round {rounds(out)[-1]}"
+    return f"{kept}; to go on {where}: python -m fedxmr.simulate --resume {shlex.quote(str(out))}"
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -143,9 +153,17 @@ def environment(config: Config) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, atomically."""
+    _write_whole(path, json.dumps(content, indent=1) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_lines(path: Path) -> list[Line]:
@@ -168,7 +186,7 @@ class Recorder:
         self._lines = {(int(line["round"]), int(line["client"])): line for line in at["lines"]}
         self._scalars: list[tuple[int, str, float]] = [(round, tag, value) for round, tag, value in at["scalars"]]
         self._written: int | None = at["written"]
-        self._events: SummaryWriter | None = None
+        self._events: Events | None = None
 
     def position(self) -> dict[str, Any]:
         """Where the records stand, for a checkpoint."""
@@ -184,11 +202,12 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._write_lines(sys.maxsize)  # not the events: an interruption may have come while TensorBoard was imported
-        self._metrics.close()
-        self._timings.close()
-        if self._events is not None:
-            self._events.close()
+        with ExitStack() as closing:  # all of them, also where one cannot write its last lines
+            for file in (self._metrics, self._timings, self._events):
+                if file is not None:
+                    closing.callback(file.close)
+            # not the events: an interruption may have come while TensorBoard was imported
+            self._write_lines(sys.maxsize)
 
     def note(self, round: int, client: int, **facts: Any) -> None:
         """Add facts to the line of a round and client; numbers of bytes add up."""
@@ -201,30 +220,34 @@ class Recorder:
         self._write_lines(round)
         for at, tag, value in self._scalars:
             if at <= round:
-                self.events.add_scalar(tag, value, at)
+                self.events.scalar(tag, value, at)
                 self._written = max(at, self._written or 0)
+        if self._events is not None:
+            self._events.flush()
         self._scalars = [scalar for scalar in self._scalars if scalar[0] > round]
 
     def _write_lines(self, round: int) -> None:
-        for key in sorted(key for key in self._lines if key[0] <= round):
-            self._metrics.write(json.dumps(self._lines[key]) + "\n")
-            del self._lines[key]
-        self._metrics.flush()
+        with _naming(self._metrics):
+            for key in sorted(key for key in self._lines if key[0] <= round):
+                self._metrics.write(json.dumps(self._lines[key]) + "\n")
+                del self._lines[key]
+            self._metrics.flush()
 
     def time(self, round: int, client: int | None, seconds: Mapping[str, float]) -> None:
         """What a round took: a client's parts by its own clock, or (client None) the driver's."""
         line: Line = {"round": round} if client is None else {"round": round, "client": client}
-        self._timings.write(json.dumps({**line, "seconds": {k: round_to(s) for k, s in seconds.items()}}) + "\n")
-        self._timings.flush()
+        with _naming(self._timings):
+            self._timings.write(json.dumps({**line, "seconds": {k: round_to(s) for k, s in seconds.items()}}) + "\n")
+            self._timings.flush()
 
     @property
-    def events(self) -> SummaryWriter:
-        """TensorBoard's writer; opened late, for its import would delay the first round."""
+    def events(self) -> Events:
+        """TensorBoard's file; opened late, for its import would delay the first round."""
         if self._events is None:
-            from torch.utils.tensorboard import SummaryWriter
+            from fedxmr.events import Events
 
-            # purge_step: what was written after the checkpoint that a run goes on from is not shown
-            self._events = SummaryWriter(str(self.out), purge_step=(self._written or 0) + 1, flush_secs=FLUSH)
+            # what was written after the checkpoint that a run goes on from is not shown
+            self._events = Events(self.out, first=(self._written or 0) + 1)
         return self._events
 
     def scalars(self, round: int, values: Mapping[str, float]) -> None:
@@ -239,6 +262,16 @@ def _open_at(path: Path, position: int) -> TextIO:
     file.seek(position)
     file.truncate()
     return file
+
+
+@contextmanager
+def _naming(file: TextIO) -> Iterator[None]:
+    """Errors of an open file say which one it is."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def round_to(seconds: float) -> float:

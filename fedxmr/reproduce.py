@@ -38,7 +38,11 @@ def reproduce(
             raise InputError(f"--seeds: expected 1 to {min(plan.tuning_seeds)}, got {seeds}")
         plan = plan.model_copy(update={"seeds": seeds})
     out = out or Path("runs") / file.stem
-    results = conduct(plan, base, out, workers or cores())
+    try:
+        results = conduct(plan, base, out, workers or cores())
+    except BaseException as error:
+        error.add_note(f"the runs that have ended are kept in {out}; the same command goes on with the others")
+        raise
     text = render(file, plan, results)
     (out / "results.md").write_text(text, encoding="utf-8")
     write_json(out / "results.json", as_json(plan, results))

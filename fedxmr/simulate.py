@@ -129,9 +129,7 @@ def run(
         if isinstance(error, InputError) and not (out / "metrics.jsonl").exists():  # nothing has begun: nothing is lost
             shutil.rmtree(out, ignore_errors=True)
             raise
-        say(f"stopped; what was measured so far is in {out}")
-        if recording.resumable(out):
-            say(f"to go on from its last checkpoint: python -m fedxmr.simulate --resume {out}")
+        error.add_note(recording.outlook(out))
         raise
 
 

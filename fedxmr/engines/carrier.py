@@ -23,6 +23,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedxmr.activity import Activity
+from fedxmr.errors import reason
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ def answer(app: ClientApp, message: Message, at: Context) -> Message:
         return app(message, at)
     except Exception as error:
         log.debug("client %d failed", client_of(at.node_id), exc_info=True)
-        return error_reply(message, f"{type(error).__name__}: {error}")
+        return error_reply(message, reason(error))
 
 
 class CarrierGrid(Grid):

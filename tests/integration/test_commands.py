@@ -17,6 +17,7 @@ from fedxmr.errors import InputError
 from fedxmr.simulate import simulate
 from tests.federations import SMALL
 
+RESUME = "python -m fedxmr.simulate --resume"
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -242,11 +243,12 @@ def test_ctrl_c_ends_the_run_says_where_the_results_are_and_exits_130(tmp_path):
         try:
             wait_for_line(out / "metrics.jsonl", process)
             process.send_signal(signal.SIGINT)
-            shown, err = process.communicate(timeout=60)
+            _, err = process.communicate(timeout=60)
         finally:
             process.kill()
     assert process.returncode == commands.INTERRUPTED, err
-    assert f"what was measured so far is in {out}" in shown
+    assert f"what was measured so far is in {out}" in err.splitlines()[-1]
+    assert err.splitlines()[-2] == "error: interrupted by SIGINT"
     assert "Traceback" not in err
     assert (out / "metrics.jsonl").read_text().endswith("\n")
 
@@ -297,4 +299,4 @@ def test_bad_input_found_after_the_rounds_does_not_cost_the_run(tmp_path, monkey
     out = tmp_path / "run"
     assert commands.run(simulate, [*SMALL, "--no-pictures", "--out", str(out)]) == commands.BAD_INPUT
     assert (out / "summary.json").is_file()
-    assert "what was measured so far is in" in capsys.readouterr().out
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"to go on with its report: {RESUME} {out}")

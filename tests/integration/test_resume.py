@@ -119,10 +119,10 @@ def test_a_tolerated_failure_before_a_checkpoint_is_resumed_from_the_last_accept
 
 def test_a_run_interrupted_in_its_report_is_reported_by_a_resume(tmp_path, monkeypatch, capsys):
     config = configured(base=BASE)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
         patch.setattr("fedxmr.report.evaluate_across", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         run(config, tmp_path / "run", pictures=False)
-    assert "--resume" in capsys.readouterr().out
+    assert caught.value.__notes__[-1].endswith(f"--resume {tmp_path / 'run'}")
     assert not (tmp_path / "run" / "retrieval.json").exists()
     summary = (tmp_path / "run" / "summary.json").read_bytes()
     run(config, None, resume=tmp_path / "run", pictures=False)
