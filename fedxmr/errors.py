@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -49,6 +50,16 @@ def reason(error: BaseException) -> str:
     words = one_line(error)
     kind = type(error).__name__
     return kind if words == kind else f"{kind}: {words}"
+
+
+@contextmanager
+def naming(file: object) -> Iterator[None]:
+    """Within it an OSError of an open file, which does not say of which, gets that file's name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(file)
+        raise
 
 
 def out_of_memory(error: BaseException) -> bool:

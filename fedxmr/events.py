@@ -17,6 +17,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import RecordWriter
 
+from fedxmr.errors import naming
+
 _files = itertools.count()
 
 
@@ -25,8 +27,8 @@ class Events:
 
     def __init__(self, folder: Path, first: int | None = None) -> None:
         """first: what earlier files hold of this step and later ones is not shown."""
-        name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
-        self._file = (folder / name).open("xb")
+        file = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
+        self._file = (folder / file).open("xb")
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
         if first is not None:
@@ -42,13 +44,20 @@ class Events:
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=4)
         self._write(Event(summary=Summary(value=[Summary.Value(tag=tag, image=image)])))
 
+    @property
+    def name(self) -> str:
+        """The file's path."""
+        return self._file.name
+
     def flush(self) -> None:
         """Let TensorBoard see what was added. Raises OSError, as `close` does, where it cannot be written."""
-        self._file.flush()
+        with naming(self.name):
+            self._file.flush()
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
+        with naming(self.name):
+            self._file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -58,4 +67,5 @@ class Events:
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
-        self._records.write(event.SerializeToString())
+        with naming(self.name):
+            self._records.write(event.SerializeToString())

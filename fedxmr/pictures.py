@@ -11,6 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
+from fedxmr.errors import naming
 from fedxmr.events import Events
 from fedxmr.metrics import RECALL_LEVELS, Retrieval
 from fedxmr.seeding import generator
@@ -45,7 +46,8 @@ def draw(
     with Events(out) as events:
         for name, figure in figures.items():
             path = folder / f"{name}.png"
-            figure.savefig(path, dpi=DPI)
+            with naming(path):
+                figure.savefig(path, dpi=DPI)
             width, height = figure.get_size_inches() * DPI
             events.picture(f"pictures/{name}", path.read_bytes(), (int(width), int(height)))
 

@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +24,7 @@ import torch
 from fedxmr import __version__
 from fedxmr.checkpoint import client_state, newest, rounds
 from fedxmr.config import Config, read_yaml, resolve
-from fedxmr.errors import InputError
+from fedxmr.errors import InputError, naming
 from fedxmr.machine import cores
 from fedxmr.partition import Part, load_partition, save_partition
 from fedxmr.setting import own_device
@@ -160,7 +160,8 @@ def _write_whole(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with naming(path):
+            temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -205,6 +206,7 @@ class Recorder:
         with ExitStack() as closing:  # all of them, also where one cannot write its last lines
             for file in (self._metrics, self._timings, self._events):
                 if file is not None:
+                    closing.enter_context(naming(file.name))
                     closing.callback(file.close)
             # not the events: an interruption may have come while TensorBoard was imported
             self._write_lines(sys.maxsize)
@@ -227,7 +229,7 @@ class Recorder:
         self._scalars = [scalar for scalar in self._scalars if scalar[0] > round]
 
     def _write_lines(self, round: int) -> None:
-        with _naming(self._metrics):
+        with naming(self._metrics.name):
             for key in sorted(key for key in self._lines if key[0] <= round):
                 self._metrics.write(json.dumps(self._lines[key]) + "\n")
                 del self._lines[key]
@@ -236,7 +238,7 @@ class Recorder:
     def time(self, round: int, client: int | None, seconds: Mapping[str, float]) -> None:
         """What a round took: a client's parts by its own clock, or (client None) the driver's."""
         line: Line = {"round": round} if client is None else {"round": round, "client": client}
-        with _naming(self._timings):
+        with naming(self._timings.name):
             self._timings.write(json.dumps({**line, "seconds": {k: round_to(s) for k, s in seconds.items()}}) + "\n")
             self._timings.flush()
 
@@ -262,16 +264,6 @@ def _open_at(path: Path, position: int) -> TextIO:
     file.seek(position)
     file.truncate()
     return file
-
-
-@contextmanager
-def _naming(file: TextIO) -> Iterator[None]:
-    """Errors of an open file say which one it is."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or file.name
-        raise
 
 
 def round_to(seconds: float) -> float:

@@ -26,6 +26,7 @@ from typing import Any
 import psutil
 import ray
 import torch
+from ray._private import services
 
 from fedxmr.config import RuntimeConfig
 from fedxmr.engines.placement import Node
@@ -88,7 +89,7 @@ def _private(runtime: RuntimeConfig) -> Iterator[Check]:
     folder = Path(tempfile.mkdtemp(prefix="fedxmr-", dir=usual if len(usual) <= TEMPORARY else "/tmp"))
     gpus = gpus_here(runtime)
     try:
-        with _environment({**ENVIRONMENT, **PRIVATE}):
+        with _environment({**ENVIRONMENT, **PRIVATE}), _without_dashboard():
             _init(address="local", num_cpus=cores(), num_gpus=gpus, include_dashboard=False, _temp_dir=str(folder))
         folder.chmod(0o700)  # Ray opens it to everybody
         yield partial(_check_processes, [p for p in psutil.Process().children() if p.name() in VITAL])
@@ -96,6 +97,22 @@ def _private(runtime: RuntimeConfig) -> Iterator[Check]:
         ray.shutdown()
         _end_processes(folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _without_dashboard() -> Iterator[None]:
+    """Ray starts without the process of its dashboard.
+
+    Ray starts that even where no dashboard is asked for, to send usage statistics; and where those are off, it still
+    asks the metadata servers of three clouds whether it runs there. That this function is Ray's own is seen by a test
+    that counts what is sent.
+    """
+    start = services.start_api_server
+    services.start_api_server = lambda *_, **__: (None, None)  # as where it does not start, which Ray takes
+    try:
+        yield
+    finally:
+        services.start_api_server = start
 
 
 def _init(address: str, **options: Any) -> None:

@@ -29,7 +29,7 @@ LITTLE = 8_000_000
 """Bytes: far more than any sound file here needs, far less than what a damaged one may ask for."""
 
 FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 
