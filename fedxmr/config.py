@@ -7,6 +7,8 @@ here they become one tree. An unknown key is an error that names the nearest kno
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -239,6 +241,17 @@ class Config(_Section):
     def to_yaml(self) -> str:
         """The resolved configuration; `from_yaml` of it gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+    @property
+    def experiment(self) -> str:
+        """The name of the run that states belong to: a digest of the configuration.
+
+        It leaves out `runtime`, where the data lie, and how many rounds there are, which may grow.
+        """
+        tree = self.model_dump(
+            mode="json", exclude={"runtime": True, "federation": {"rounds"}, "dataset": {"data_dir"}}
+        )
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def from_yaml(cls, text: str) -> Config:

@@ -5,6 +5,7 @@ metrics.jsonl holds only what two runs of one seed must agree on; whatever a clo
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import torch
 
 from fedxmr import __version__
-from fedxmr.checkpoint import client_state, newest, rounds
+from fedxmr.checkpoint import rounds, verify
 from fedxmr.config import Config, read_yaml, resolve
 from fedxmr.errors import InputError
 from fedxmr.machine import cores
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Line = dict[str, Any]
+
+RECORDS = ("metrics", "timings")
+"""The files of lines, <name>.jsonl."""
 
 FLUSH = 5
 """Seconds after which TensorBoard sees what was recorded."""
@@ -88,7 +92,7 @@ def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
         if (out / "retrieval.json").is_file():
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
         return True
-    _check_checkpoint(out)
+    _check_records(out, verify(out, config.experiment))
     saved = load_partition(out / "partition.npz")
     if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
         raise InputError(f"{out}: its partition is not the one this configuration makes; has the data changed?")
@@ -98,15 +102,19 @@ def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
     return False
 
 
-def _check_checkpoint(out: Path) -> None:
-    """See that all of the newest checkpoint is there and whole, and the records it counts on. Raises InputError."""
-    _, facts = newest(out)
-    for name in ("metrics", "timings"):
+def _check_records(out: Path, facts: Mapping[str, Any]) -> None:
+    """See that the records that a checkpoint counts on are those of its time. Raises InputError."""
+    for name in RECORDS:
         path = out / f"{name}.jsonl"
-        if not path.is_file() or path.stat().st_size < facts["records"][name]:
-            raise InputError(f"{path}: is shorter than at the checkpoint of round {facts['round']}")
-    for client in facts["base"]:
-        client_state(out, facts["round"], int(client))
+        if not path.is_file() or _digest(path, facts["records"][name]["size"]) != facts["records"][name]:
+            raise InputError(f"{path}: is not what it was at the checkpoint of round {facts['round']}")
+
+
+def _digest(path: Path, size: int = -1) -> dict[str, Any]:
+    """The size and SHA-256 of a file, or of its first `size` bytes."""
+    with path.open("rb") as file:
+        content = file.read(size)
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def resumable(out: Path) -> bool:
@@ -162,9 +170,8 @@ class Recorder:
     def __init__(self, out: Path, position: Mapping[str, Any] | None = None) -> None:
         """position: what `position` gave at a checkpoint; everything recorded later is cut off."""
         self.out = out
-        at = position or {"metrics": 0, "timings": 0, "lines": [], "scalars": [], "written": None}
-        self._metrics = _open_at(out / "metrics.jsonl", at["metrics"])
-        self._timings = _open_at(out / "timings.jsonl", at["timings"])
+        at = position or {**{name: {"size": 0} for name in RECORDS}, "lines": [], "scalars": [], "written": None}
+        self._metrics, self._timings = (_open_at(out / f"{name}.jsonl", at[name]["size"]) for name in RECORDS)
         self._lines = {(int(line["round"]), int(line["client"])): line for line in at["lines"]}
         self._scalars: list[tuple[int, str, float]] = [(round, tag, value) for round, tag, value in at["scalars"]]
         self._written: int | None = at["written"]
@@ -172,9 +179,11 @@ class Recorder:
 
     def position(self) -> dict[str, Any]:
         """Where the records stand, for a checkpoint."""
+        for file in (self._metrics, self._timings):
+            os.fsync(file.fileno())  # what a checkpoint counts on is to last as long as it
+        files = {name: _digest(self.out / f"{name}.jsonl") for name in RECORDS}
         return {
-            "metrics": self._metrics.tell(),
-            "timings": self._timings.tell(),
+            **files,
             "lines": [dict(line) for line in self._lines.values()],
             "scalars": list(self._scalars),
             "written": self._written,

@@ -21,7 +21,7 @@ from fedxmr.models import Model
 from fedxmr.scaling import Moments, Scaler
 from fedxmr.seeding import generator
 from fedxmr.setting import Setting, owned_names
-from fedxmr.snapshot import Snapshot
+from fedxmr.snapshot import Owner, Snapshot
 from fedxmr.state import sha256, size
 from fedxmr.strategies import merge
 from fedxmr.timing import clock
@@ -50,6 +50,11 @@ class Client:
         self._round = INITIAL
         self._before: State | None = None
         self._previous: Snapshot | None = None
+
+    @property
+    def owner(self) -> Owner:
+        """Whose its durable states are."""
+        return Owner(self.client, self._config.experiment)
 
     def register(self) -> Registration:
         """What the server may know of this client before the first round."""

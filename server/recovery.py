@@ -68,8 +68,8 @@ class Recovery:
         self._given_up[lost.kind, lost.round, client] = reason
 
 
-def go_back(out: Path, lost: StateLost, standing: Standing) -> Standing:
+def go_back(out: Path, experiment: str, lost: StateLost, standing: Standing) -> Standing:
     """The standing to go on from: the last checkpoint's, or a new one where there is none yet."""
-    earlier = Standing.newest(out) if checkpoint.rounds(out) else Standing()
+    earlier = Standing.newest(out, experiment) if checkpoint.rounds(out) else Standing()
     earlier.recovered = [*standing.recovered, {"round": lost.round, "to": earlier.round, "reason": str(lost)}]
     return earlier

@@ -55,9 +55,13 @@ class Standing:
         }
 
     @classmethod
-    def newest(cls, out: Path) -> Standing:
-        """That of the newest checkpoint in a run folder. Raises InputError where there is none or it is damaged."""
-        tensors, facts = checkpoint.newest(out)
+    def newest(cls, out: Path, experiment: str) -> Standing:
+        """That of the newest checkpoint in a run folder.
+
+        Raises InputError where there is none, or it is damaged or of another experiment.
+        """
+        tensors, facts = checkpoint.newest(out, experiment)
+        del facts["experiment"]
         facts["base"] = {int(client): round for client, round in facts["base"].items()}
         facts["selection"] = Selection.from_json(facts["selection"])
         return cls(shared=under("shared", tensors), selected_shared=under("selected", tensors), **facts)

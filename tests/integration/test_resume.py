@@ -152,8 +152,8 @@ def test_a_damaged_newest_checkpoint_is_refused_and_the_older_one_offered(tmp_pa
     ("damaged", "says"),
     [
         ("checkpoint/round-8/client-1.safetensors", "to go on from round 6, remove"),
-        ("metrics.jsonl", "metrics.jsonl: is shorter than at the checkpoint of round 8"),
-        ("timings.jsonl", "timings.jsonl: is shorter than at the checkpoint of round 8"),
+        ("metrics.jsonl", "metrics.jsonl: is not what it was at the checkpoint of round 8"),
+        ("timings.jsonl", "timings.jsonl: is not what it was at the checkpoint of round 8"),
     ],
 )
 @pytest.mark.parametrize("how", ["truncated", "missing"])
@@ -214,8 +214,50 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_bytes(content)
     one, other = (out / checkpoint.folder(newest) / f"client-{k}.safetensors" for k in (0, 1))
     one.write_bytes(other.read_bytes())
-    with pytest.raises(RuntimeError, match="expected the state of client 0, got that of 1"):
+    with pytest.raises(InputError, match=r"expected the state of client 0, got that of 1; .* from round 2, remove"):
         run(grown, None, resume=out, pictures=False)
+
+
+def test_a_checkpoint_of_another_experiment_is_refused(tmp_path, capsys):
+    for seed in (0, 1):
+        federate(tmp_path / f"seed{seed}", f"seed={seed}", base=(*TOY, "federation.checkpoint_every=1"))
+    ours, theirs = (tmp_path / f"seed{seed}" / checkpoint.folder(3) for seed in (0, 1))
+    resume = ["--resume", str(tmp_path / "seed0"), "--rounds", "5", "--no-pictures"]
+    for file in sorted(theirs.iterdir()):
+        kept = (ours / file.name).read_bytes()
+        (ours / file.name).write_bytes(file.read_bytes())
+        capsys.readouterr()
+        assert commands.run(simulate, resume) == commands.BAD_INPUT
+        error = capsys.readouterr().err
+        assert f"{ours / file.name}: expected" in error
+        assert "to go on from round 2, remove" in error
+        (ours / file.name).write_bytes(kept)
+    config = tmp_path / "seed0" / "config.yaml"
+    config.write_text(config.read_text().replace("step: 0.25", "step: 0.5"))
+    assert commands.run(simulate, resume) == commands.BAD_INPUT
+    assert "which config.yaml describes, got round 3 of" in capsys.readouterr().err
+
+
+def test_an_older_checkpoint_is_offered_only_where_it_is_good(tmp_path, capsys):
+    out = tmp_path / "run"
+    federate(out, base=BASE)
+    for round, name in ((8, "server.safetensors"), (6, "client-2.safetensors")):
+        (out / checkpoint.folder(round) / name).write_bytes(b"")
+    assert commands.run(simulate, ["--resume", str(out), "--rounds", "10"]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert "round-8/server.safetensors: not a state of fedxmr's, or damaged" in error
+    assert "to go on from" not in error
+
+
+@pytest.mark.parametrize("name", ["metrics", "timings"])
+def test_changed_records_are_noticed(tmp_path, capsys, name):
+    out = tmp_path / "run"
+    federate(out, base=BASE)
+    path = out / f"{name}.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:10] + b"9" + content[11:])
+    assert commands.run(simulate, ["--resume", str(out), "--rounds", "10"]) == commands.BAD_INPUT
+    assert f"{path}: is not what it was at the checkpoint of round 8" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
