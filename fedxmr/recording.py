@@ -5,14 +5,17 @@ metrics.jsonl holds only what two runs of one seed must agree on; whatever a clo
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import platform
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +26,7 @@ import torch
 from fedxmr import __version__
 from fedxmr.checkpoint import rounds, verify
 from fedxmr.config import Config, read_yaml, resolve
+from fedxmr.data import Dataset
 from fedxmr.errors import InputError
 from fedxmr.machine import cores
 from fedxmr.partition import Part, load_partition, save_partition
@@ -30,6 +34,8 @@ from fedxmr.setting import own_device
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
+
+log = logging.getLogger(__name__)
 
 Line = dict[str, Any]
 
@@ -40,8 +46,8 @@ FLUSH = 5
 """Seconds after which TensorBoard sees what was recorded."""
 
 
-def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -> None:
-    """Make a run folder with the resolved configuration, the environment and the partition.
+def prepare(out: Path, config: Config, data: Dataset, parts: Sequence[Part], overwrite: bool) -> None:
+    """Make a run folder with the resolved configuration, the environment and the partition of the data.
 
     Raises InputError where there is something already; with `overwrite` a run folder there is removed first.
     """
@@ -52,11 +58,12 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
             if out.is_symlink() or not (overwrite and all((out / mark).is_file() for mark in marks)):
                 how = "it is no run folder" if overwrite else "pass --overwrite to replace it, or another --out"
                 raise InputError(f"{out}: already exists; {how}")
-            shutil.rmtree(out)
+            with claimed(out):
+                shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         try:
             (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            write_json(out / "environment.json", environment(config))
+            write_json(out / "environment.json", {**environment(config), "data_sha256": data.sha256})
             save_partition(out / "partition.npz", parts)
         except OSError:
             shutil.rmtree(out, ignore_errors=True)
@@ -65,21 +72,45 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """A run folder for this process alone, until it ends, however it ends. Raises InputError where another has it."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise InputError(f"{out}: another process is working in this run folder") from error
+    except OSError:  # a file system without locks
+        log.warning("%s: cannot be locked: take care that no other process works in it", out)
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
 def add_environment(out: Path, **facts: Any) -> None:
     """Add to environment.json what is known only once an engine runs."""
+    write_json(out / "environment.json", {**_read_environment(out), **facts})
+
+
+def _read_environment(out: Path) -> dict[str, Any]:
     path = out / "environment.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **facts})
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 END_PRODUCTS = ("summary.json", "retrieval.json", "pictures", "clients", "shared-*.safetensors")
 """What is there only when a run has ended."""
 
 
-def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
+def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> bool:
     """See that a run folder can be resumed with this configuration, and take away what only an ended run has.
 
     Returns whether all rounds are done and only the report is missing.
-    Raises InputError naming the keys that differ, for another partition, and for a run that has nothing left to do.
+    Raises InputError naming the keys that differ, for other data, and for a run that has nothing left to do.
     """
     before = resolve(read_yaml(out / "config.yaml"))
     changed = [key for key in _differing(before.model_dump(), config.model_dump()) if key != "federation.rounds"]
@@ -92,10 +123,14 @@ def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
         if (out / "retrieval.json").is_file():
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
         return True
-    _check_records(out, verify(out, config.experiment))
+    with claimed(out):
+        _check_records(out, verify(out, config.experiment))
+    environment = _read_environment(out)
+    if environment.get("data_sha256") != data.sha256:
+        raise InputError(f"{out}: cannot be resumed: the data of {data.name} have changed since it began")
     saved = load_partition(out / "partition.npz")
     if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
-        raise InputError(f"{out}: its partition is not the one this configuration makes; has the data changed?")
+        raise InputError(f"{out}: its partition is not the one this configuration makes")
     for path in [path for pattern in END_PRODUCTS for path in out.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
@@ -168,10 +203,18 @@ class Recorder:
     """An open run folder. What belongs to a round waits until it is whole: its scores arrive a round later."""
 
     def __init__(self, out: Path, position: Mapping[str, Any] | None = None) -> None:
-        """position: what `position` gave at a checkpoint; everything recorded later is cut off."""
+        """position: what `position` gave at a checkpoint; everything recorded later is cut off.
+
+        Raises InputError where another process records in this folder.
+        """
         self.out = out
         at = position or {**{name: {"size": 0} for name in RECORDS}, "lines": [], "scalars": [], "written": None}
-        self._metrics, self._timings = (_open_at(out / f"{name}.jsonl", at[name]["size"]) for name in RECORDS)
+        with ExitStack() as opened:
+            opened.enter_context(claimed(out))
+            self._metrics, self._timings = (
+                opened.enter_context(_open_at(out / f"{name}.jsonl", at[name]["size"])) for name in RECORDS
+            )
+            self._opened = opened.pop_all()
         self._lines = {(int(line["round"]), int(line["client"])): line for line in at["lines"]}
         self._scalars: list[tuple[int, str, float]] = [(round, tag, value) for round, tag, value in at["scalars"]]
         self._written: int | None = at["written"]
@@ -193,11 +236,11 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._write_lines(sys.maxsize)  # not the events: an interruption may have come while TensorBoard was imported
-        self._metrics.close()
-        self._timings.close()
-        if self._events is not None:
-            self._events.close()
+        with self._opened:
+            # not the events: an interruption may have come while TensorBoard was imported
+            self._write_lines(sys.maxsize)
+            if self._events is not None:
+                self._events.close()
 
     def note(self, round: int, client: int, **facts: Any) -> None:
         """Add facts to the line of a round and client; numbers of bytes add up."""

@@ -114,9 +114,9 @@ def run(
         engine = engines.choose(config.runtime)
         engine.check(config)
         out = resume or out or _free_folder(config)
-        ended = resume is not None and recording.reopen(out, config, parts)
+        ended = resume is not None and recording.reopen(out, config, data, parts)
         if not resume:
-            recording.prepare(out, config, parts, overwrite)
+            recording.prepare(out, config, data, parts, overwrite)
     say(f"{_headline(config)}, engine {engine}\nrun folder: {out}")
     for remark in remarks(config, data):
         say(f"warning: {remark}")

@@ -50,7 +50,7 @@ def prepare(config: Config, out: Path) -> Dataset:
     data = sources.dataset(config)
     parts = sources.parts(config)
     check(config, data)
-    recording.prepare(out, config, parts, overwrite=False)
+    recording.prepare(out, config, data, parts, overwrite=False)
     return data
 
 

@@ -30,7 +30,7 @@ from fedxmr.engines import ray as engine
 from fedxmr.errors import FederationError
 from fedxmr.recording import prepare
 from fedxmr.simulate import simulate
-from fedxmr.sources import parts
+from fedxmr.sources import dataset, parts
 from tests.federations import SMALL, TOY, configured, federate, same_bytes
 from tests.toy import Toy
 
@@ -126,7 +126,7 @@ def test_flowers_own_fedavg_runs_unchanged_on_workers(tmp_path):
         found["arrays"] = result.arrays.to_numpy_ndarrays()[0]
 
     config = configured(*ON_RAY, "runtime.workers=2")
-    prepare(tmp_path / "run", config, parts(config), overwrite=False)
+    prepare(tmp_path / "run", config, dataset(config), parts(config), overwrite=False)
     run_config = {"config": config.to_yaml(), "out": str(tmp_path / "run")}
     engine.run(server, "tests.integration.test_carrier:client", config, run_config)
     np.testing.assert_allclose(found["arrays"], [4.0, 4.0])  # two rounds of the mean of 1, 2 and 3

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -266,3 +267,46 @@ def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "run" / "summary.json").unlink()
     with pytest.raises(InputError, match="has no checkpoint to resume from"):
         run(config, None, resume=tmp_path / "run", pictures=False)
+
+
+def test_changed_data_are_noticed(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    (folder / "features").mkdir(parents=True)
+    labels = rng.integers(0, 3, 60)
+    for modality, width in (("image", 6), ("text", 4)):
+        np.save(folder / "features" / f"{modality}.npy", rng.normal(size=(60, width)) + labels[:, None])
+    np.save(folder / "labels.npy", labels)
+    train, validation, test = np.split(rng.permutation(60), [30, 45])
+    np.savez(folder / "split.npz", train=train, validation=validation, test=test)
+    out = tmp_path / "run"
+    small = tuple(a for a in BASE if not a.startswith("dataset."))
+    federate(out, f"dataset.name={folder}", base=small)
+    features = np.load(folder / "features" / "text.npy")
+    features[-1, -1] += 1e-3
+    np.save(folder / "features" / "text.npy", features)
+    command = [sys.executable, "-m", "fedxmr.simulate", "--resume", str(out), "--rounds", "10"]
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert resumed.returncode == commands.BAD_INPUT
+    assert "cannot be resumed: the data of" in resumed.stderr
+
+
+@pytest.mark.parametrize("how", [["--resume"], [*ARGUMENTS, "--overwrite", "--out"]])
+def test_a_run_folder_that_another_process_works_in_is_left_alone(tmp_path, capsys, how):
+    out = tmp_path / "run"
+    federate(out, "federation.rounds=4", base=BASE)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = (
+        "import sys, time; from pathlib import Path; from fedxmr.recording import claimed\n"
+        "with claimed(Path(sys.argv[1])): print('ready', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", other, str(out)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            assert commands.run(simulate, [*how, str(out), "--rounds", "9"]) == commands.BAD_INPUT
+        finally:
+            process.kill()
+    assert f"{out}: another process is working in this run folder" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert commands.run(simulate, [*how, str(out), "--rounds", "9", "--no-pictures"]) == commands.OK
