@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -33,6 +34,18 @@ from fedxmr.errors import InputError
 from fedxmr.learners import learner_class
 from fedxmr.partition import PartitionConfig
 from fedxmr.strategies import StrategyConfig, preset
+
+
+class _Loader(yaml.SafeLoader):
+    """The booleans of YAML 1.2, true and false alone: under 1.1 the key of `evaluation: {on: all-test}` is True."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
 
 
 class _Section(BaseModel):
@@ -270,7 +283,7 @@ def resolve(tree: Mapping[str, Any]) -> Config:
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """A YAML mapping; the empty text is the empty one. Raises InputError naming `source`."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
@@ -296,7 +309,7 @@ def override(tree: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, A
         if not equals or not dotted:
             raise InputError(f"{assignment!r}: expected key=value, such as strategy.gamma=1.0")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)
         except yaml.YAMLError as error:
             raise InputError(f"{dotted}: expected a YAML value, got {text!r}") from error
         tree = merged(tree, nested(dotted, value))
