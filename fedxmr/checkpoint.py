@@ -71,22 +71,19 @@ def rounds(out: Path) -> list[int]:
 
 
 def newest(out: Path, experiment: str) -> tuple[State, dict[str, Any]]:
-    """The server's state and facts of the newest checkpoint.
+    """The server's state and facts of the newest checkpoint, of which there is one.
 
-    Raises InputError where there is none, or it is damaged or of another experiment.
+    Raises InputError where it is damaged or of another experiment.
     """
-    if not (found := rounds(out)):
-        raise InputError(f"{out}: has no checkpoint to resume from")
-    return _server(out, found[-1], experiment)
+    return _server(out, rounds(out)[-1], experiment)
 
 
 def verify(out: Path, experiment: str) -> dict[str, Any]:
-    """See that all of the newest checkpoint is there, whole and of this experiment; the server's facts.
+    """See that the newest checkpoint, of which there is one, is whole and of this experiment; the server's facts in it.
 
-    Raises InputError, which offers the one before where that is as it should be.
+    Raises InputError where it is not, which offers the one before where that is.
     """
-    if not (found := rounds(out)):
-        raise InputError(f"{out}: has no checkpoint to resume from")
+    found = rounds(out)
     try:
         return _verified(out, found[-1], experiment)
     except InputError as error:

@@ -46,14 +46,19 @@ FLUSH = 5
 """Seconds after which TensorBoard sees what was recorded."""
 
 
+BEGINNINGS = ("environment.json", "partition.npz")
+"""What a run folder has before it has its config.yaml."""
+
+
 def prepare(out: Path, config: Config, data: Dataset, parts: Sequence[Part], overwrite: bool) -> None:
     """Make a run folder with the resolved configuration, the environment and the partition of the data.
 
-    Raises InputError where there is something already; with `overwrite` a run folder there is removed first.
+    Raises InputError where there is something already, but for what another `prepare` began and did not end; with
+    `overwrite` a run folder there is removed first.
     """
-    marks = ("config.yaml", "environment.json", "partition.npz")
+    marks = ("config.yaml", *BEGINNINGS)
     try:
-        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and all(map(_begun, out.iterdir()))))
         if taken:
             if out.is_symlink() or not (overwrite and all((out / mark).is_file() for mark in marks)):
                 how = "it is no run folder" if overwrite else "pass --overwrite to replace it, or another --out"
@@ -62,14 +67,19 @@ def prepare(out: Path, config: Config, data: Dataset, parts: Sequence[Part], ove
                 shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         try:
-            (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
             write_json(out / "environment.json", {**environment(config), "data_sha256": data.sha256})
             save_partition(out / "partition.npz", parts)
+            write_text(out / "config.yaml", config.to_yaml())
         except OSError:
             shutil.rmtree(out, ignore_errors=True)
             raise
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _begun(path: Path) -> bool:
+    """Whether a file is one that `prepare` writes first, or half of one."""
+    return path.name.lstrip(".").startswith((*BEGINNINGS, "config.yaml.")) and path.is_file()
 
 
 @contextmanager
@@ -124,7 +134,8 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
         return True
     with claimed(out):
-        _check_records(out, verify(out, config.experiment))
+        if rounds(out):  # else it goes on from the start
+            _check_records(out, verify(out, config.experiment))
     environment = _read_environment(out)
     if environment.get("data_sha256") != data.sha256:
         raise InputError(f"{out}: cannot be resumed: the data of {data.name} have changed since it began")
@@ -133,7 +144,7 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
         raise InputError(f"{out}: its partition is not the one this configuration makes")
     for path in [path for pattern in END_PRODUCTS for path in out.glob(pattern)]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
+    write_text(out / "config.yaml", config.to_yaml())
     return False
 
 
@@ -150,11 +161,6 @@ def _digest(path: Path, size: int = -1) -> dict[str, Any]:
     with path.open("rb") as file:
         content = file.read(size)
     return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def resumable(out: Path) -> bool:
-    """Whether a run folder has a checkpoint."""
-    return bool(rounds(out))
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -186,8 +192,13 @@ def environment(config: Config) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, atomically."""
+    write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
 
 
@@ -222,8 +233,11 @@ class Recorder:
 
     def position(self) -> dict[str, Any]:
         """Where the records stand, for a checkpoint."""
+        # what a checkpoint counts on is to last as long as it
         for file in (self._metrics, self._timings):
-            os.fsync(file.fileno())  # what a checkpoint counts on is to last as long as it
+            os.fsync(file.fileno())
+        if self._events is not None:
+            self._events.flush()
         files = {name: _digest(self.out / f"{name}.jsonl") for name in RECORDS}
         return {
             **files,

@@ -50,12 +50,13 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         across = evaluate_across([m.learner for m in models.values()], list(scaled.values()), config.seed)
     zero_shot = zero_shot_report.measure(config, data, out, chosen)
     content = _retrieval(summary, found, across)
-    write_json(out / "retrieval.json", content if zero_shot is None else {**content, "zero_shot": zero_shot})
     if pictures:
         from fedxmr.pictures import draw
 
         first = chosen[0]
         draw(out, found, models[first].learner, scaled[first], data.classes, config.seed)
+    # written last: with it a run is over, and has nothing left to resume
+    write_json(out / "retrieval.json", content if zero_shot is None else {**content, "zero_shot": zero_shot})
     _print(config, data, out, summary, across, found, zero_shot)
     return summary
 

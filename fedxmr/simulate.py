@@ -101,7 +101,7 @@ def run(
 
     clock.reset()
     with clock.part("start_up"):
-        from fedxmr import engines, recording, sources
+        from fedxmr import checkpoint, engines, recording, sources
         from fedxmr.report import report
         from fedxmr.setting import check, remarks
         from server.app import app as server
@@ -130,8 +130,9 @@ def run(
             shutil.rmtree(out, ignore_errors=True)
             raise
         say(f"stopped; what was measured so far is in {out}")
-        if recording.resumable(out):
-            say(f"to go on from its last checkpoint: python -m fedxmr.simulate --resume {out}")
+        last = max(checkpoint.rounds(out), default=0)
+        after = f"the checkpoint of round {last}" if last else "the start, as there is no checkpoint"
+        say(f"to go on from {after}: python -m fedxmr.simulate --resume {out}")
         raise
 
 

@@ -56,10 +56,12 @@ class Standing:
 
     @classmethod
     def newest(cls, out: Path, experiment: str) -> Standing:
-        """That of the newest checkpoint in a run folder.
+        """That of the newest checkpoint in a run folder, or a new one where there is none yet.
 
-        Raises InputError where there is none, or it is damaged or of another experiment.
+        Raises InputError where the checkpoint is damaged or of another experiment.
         """
+        if not checkpoint.rounds(out):
+            return cls()
         tensors, facts = checkpoint.newest(out, experiment)
         del facts["experiment"]
         facts["base"] = {int(client): round for client, round in facts["base"].items()}

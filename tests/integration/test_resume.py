@@ -261,12 +261,16 @@ def test_changed_records_are_noticed(tmp_path, capsys, name):
     assert f"{path}: is not what it was at the checkpoint of round 8" in capsys.readouterr().err
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    config = configured("federation.checkpoint_every=0")
-    run(config, tmp_path / "run", pictures=False)
-    (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(InputError, match="has no checkpoint to resume from"):
-        run(config, None, resume=tmp_path / "run", pictures=False)
+@pytest.mark.parametrize("every", [0, 5])
+def test_a_run_without_a_checkpoint_is_resumed_from_the_start(tmp_path, monkeypatch, capsys, every):
+    config = configured(f"federation.checkpoint_every={every}", base=BASE)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 7)
+        run(config, tmp_path / "broken", pictures=False)
+    assert "to go on from the start" in capsys.readouterr().out
+    run(config, None, resume=tmp_path / "broken", pictures=False)
+    run(config, tmp_path / "whole", pictures=False)
+    assert same_bytes(tmp_path / "whole", tmp_path / "broken")
 
 
 def test_changed_data_are_noticed(tmp_path):
