@@ -42,7 +42,14 @@ def simulate(
     gpus_per_client: commands.GpusPerClient = None,
     ray_address: commands.RayAddress = None,
     tolerate_failures: Annotated[
-        bool | None, option("go on without a client that fails", "--tolerate-failures")
+        bool | None, option("go on without a client that fails, is late or is rejected", "--tolerate-failures")
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        option(
+            "seconds a client has to answer a message, default 600; later it has failed. ray ends it then, local can "
+            "only wait for it and not count its answer"
+        ),
     ] = None,
     pictures: commands.Pictures = True,
     out: commands.Out = None,
@@ -63,6 +70,7 @@ def simulate(
         "federation.sample": sample,
         "federation.rounds": rounds,
         "federation.tolerate_failures": tolerate_failures,
+        "federation.deadline": deadline,
         "partition.scheme": partition,
         "strategy.name": strategy,
         "learner.name": learner,
@@ -118,7 +126,7 @@ def run(
         if not resume:
             recording.prepare(out, config, parts, overwrite)
     say(f"{_headline(config)}, engine {engine}\nrun folder: {out}")
-    for remark in remarks(config, data):
+    for remark in (*remarks(config, data), *engine.remarks(config)):
         say(f"warning: {remark}")
     run_config = {"config": config.to_yaml(), "out": str(out.resolve()), "resume": resume is not None}
     try:

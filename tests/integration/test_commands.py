@@ -49,6 +49,7 @@ def empty(tmp_path, monkeypatch):
         (["--rounds", "many"], "'many' is not a valid integer"),
         (["--engine", "warp"], "'warp' is not one of"),
         (["--clients", "3", "--sample", "4"], "federation: sample: expected at most the 3 clients, got 4"),
+        (["--deadline", "0"], "federation.deadline: input should be greater than 0, got 0.0"),
         (["--clients", "5000"], "5000"),
         (["--partition", "shard"], "partition.scheme: input should be"),
         (["--partition", "dirichlet", "partition.alpha=0.001", "partition.min_items=359"], "partition dirichlet"),
