@@ -128,6 +128,7 @@ class FederationConfig(_Section):
         None, description="good updates a round needs to stand; null: 2, or 1 where only one takes part"
     )
     tolerate_failures: bool = Field(False, description="go on without a client that fails or is rejected")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a client of a round is out of reach in it")
     deadline: PositiveFloat = Field(
         600.0, description="seconds a client has to answer a message; local: looked at when it has answered"
     )
