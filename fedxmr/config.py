@@ -143,7 +143,10 @@ class FederationConfig(_Section):
         None, description="good updates a round needs to stand; null: 2, or 1 where only one takes part"
     )
     tolerate_failures: bool = Field(False, description="go on without a client that fails or is rejected")
-    deadline: PositiveFloat = Field(600.0, description="seconds a client has to answer a message")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a client of a round is out of reach in it")
+    deadline: PositiveFloat = Field(
+        600.0, description="seconds a client has to answer a message; local: looked at when it has answered"
+    )
     checkpoint_every: int = Field(5, ge=0, description="rounds between checkpoints of a simulation; 0: none")
     start_deadline: PositiveFloat = Field(60.0, description="seconds the clients have to answer the start query")
 

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from fedxmr import zero_shot_report
+from fedxmr.attendance import attendance
 from fedxmr.commands import say
 from fedxmr.config import Config
 from fedxmr.data import Dataset
@@ -37,7 +38,8 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         for entry in summary[kind]:
             say(f"{kind}: client {entry['client']} in round {entry['round']}: {entry['reason']}")
     if summary["test"]["selected"] is None:
-        say(f"{'evaluation was off' if config.evaluation.every == 0 else 'no round was selected'}\n{_costs(summary)}")
+        say("evaluation was off" if config.evaluation.every == 0 else "no round was selected")
+        _close(summary, out)
         return summary
     items = data.all_test if config.evaluation.on == "all-test" else data.test
     chosen = [k for k in panel(config) if (out / "clients" / str(k) / "selected.safetensors").is_file()]
@@ -101,6 +103,13 @@ def _print(
         say("note: all-test includes the validation rows that chose the round")
     for note in (*data.notes, *remarks(config, data)):
         say(f"note: {note}")
+    _close(summary, out)
+
+
+def _close(summary: Mapping[str, Any], out: Path) -> None:
+    """Who took part, and what it cost."""
+    for line in attendance(summary, read_lines(out / "metrics.jsonl")):
+        say(line)
     say(_costs(summary))
 
 

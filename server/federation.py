@@ -18,7 +18,7 @@ from fedxmr.config import Config
 from fedxmr.errors import FederationError
 from fedxmr.evaluation import mean_scores
 from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Update
-from fedxmr.participation import evaluated, panel, sampled
+from fedxmr.participation import dropped, evaluated, panel, sampled
 from fedxmr.progress import Progress
 from fedxmr.recording import Recorder, write_json
 from fedxmr.scaling import Scaler, combine_moments
@@ -94,14 +94,16 @@ class Federation:
             self._progress.start_at(0)
 
     def _round(self, round: int) -> None:
-        """One round: a task for every sampled client, and their updates combined into W_t."""
+        """One round: a task for every sampled client that is in reach, and their updates combined into W_t."""
         standing, strategy = self._standing, self._config.strategy
-        chosen = sampled(self._config, round)
+        away = dropped(self._config, round)
+        chosen = [k for k in sampled(self._config, round) if k not in away]
         standing.participation[str(round)] = chosen
         stood = [update for update in self._exchange(round, chosen, fit=True) if update.client in chosen]
         quorum = self._config.federation.quorum
         if len(stood) < quorum:
-            raise FederationError(f"round {round}: {len(stood)} good updates, expected at least {quorum}")
+            why = f"; {len(away)} of {len(away) + len(chosen)} clients dropped out" if away else ""
+            raise FederationError(f"round {round}: {len(stood)} good updates, expected at least {quorum}{why}")
         with clock.part("aggregation"):
             contributions = [
                 Contribution(u.client, u.n, u.class_counts, u.loss, u.shared) for u in stood if u.loss is not None
@@ -221,6 +223,7 @@ class Federation:
             if client in self._panel:
                 self._recorder.scalars(round, {f"loss/client {client}": loss, f"weight/client {client}": weight})
         seconds = clock.seconds()
+        self._recorder.scalars(round, {"clients/took part": len(contributions)})
         self._recorder.scalars(round, {f"bytes/{way}": size for way, size in self._standing.bytes.items()})
         self._recorder.scalars(round, {f"seconds/{part}": spent for part, spent in seconds.items()})
         self._recorder.scalars(

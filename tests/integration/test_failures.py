@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,6 +110,25 @@ def test_a_round_with_too_few_good_updates_does_not_stand(tmp_path):
     with pytest.raises(FederationError, match="round 2: 1 good updates, expected at least 2"):
         federate(tmp_path / "run", broken, "federation.tolerate_failures=true", base=UNEVEN)
     federate(tmp_path / "one", broken, "federation.tolerate_failures=true", "federation.min_clients=1", base=UNEVEN)
+
+
+def test_in_this_process_a_late_client_is_waited_for_and_its_answer_does_not_count(tmp_path, monkeypatch):
+    sleeping: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr("tests.toy.time", SimpleNamespace(sleep=lambda s: (sleeping.append(s), sleep(2.1))))
+    late = (f"learner.misbehaves={{'{IN_ROUND_2}': hang once}}", f"learner.once={tmp_path / 'once'}")
+    with pytest.raises(FederationError, match=r"^client 0 failed in round 2: no answer within 2 s$"):
+        federate(tmp_path / "strict", *late, "federation.deadline=2", base=UNEVEN)
+    (tmp_path / "once").unlink()
+    federate(tmp_path / "late", *late, "federation.deadline=2", "federation.tolerate_failures=true", base=UNEVEN)
+    assert sleeping == [3600, 3600]
+    (tmp_path / "once").unlink()
+    raises = (late[0].replace("hang", "raise"), late[1], "federation.tolerate_failures=true")
+    federate(tmp_path / "raised", *raises, base=UNEVEN)
+    late_one, raised = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("late", "raised"))
+    assert [(at["round"], at["client"]) for at in late_one["failed"]] == [(2, 0)]
+    for key in ("shared_sha256", "models_sha256"):
+        assert late_one[key] == raised[key]
 
 
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path):

@@ -33,6 +33,7 @@ SUMMARY_KEYS = [
     "bytes",
     "seconds",
     "participation",
+    "dropped",
     "rejected",
     "failed",
     "recovered",
@@ -329,6 +330,7 @@ def test_tensorboard_holds_scores_losses_weights_bytes_and_seconds(tmp_path):
         "weight/client 1",
         "bytes/up",
         "seconds/fit",
+        "clients/took part",
     ):
         assert tag in tags, tag
     assert [e.step for e in events.Scalars("validation/mean/average")] == [1, 2, 3]

@@ -98,8 +98,9 @@ def shared_memory() -> set[Path]:
     [
         ("strategy=fedcmr",),
         ("strategy=fedavg", "federation.clients=5", "federation.sample=2", "runtime.memory_budget=1B"),
+        ("strategy=fedcmr", "federation.clients=6", "federation.dropout=0.3", "evaluation.clients=3"),
     ],
-    ids=["fedcmr", "sampled, states in files"],
+    ids=["fedcmr", "sampled, states in files", "dropout"],
 )
 def test_the_same_bytes_with_one_worker_and_with_two_as_with_local(tmp_path, assignments):
     federate(tmp_path / "local", *assignments, "runtime.engine=local", base=BASE)

@@ -44,8 +44,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, messages: int) -> None:
         ("strategy=fedavg", "evaluation.every=3"),
         ("strategy=fedcmr", "federation.clients=8", "federation.sample=2", "evaluation.clients=3"),
         ("strategy=local", "evaluation.every=0"),
+        ("federation.clients=5", "federation.sample=3", "federation.dropout=0.3", "evaluation.clients=2"),
     ],
-    ids=["fedcmr", "fedavg", "sampled", "local"],
+    ids=["fedcmr", "fedavg", "sampled", "local", "dropout"],
 )
 def test_a_resumed_run_has_the_bytes_of_an_undisturbed_one(tmp_path, monkeypatch, assignments):
     config = configured(*assignments, base=BASE)
