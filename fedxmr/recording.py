@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -132,20 +133,29 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
     if (out / "summary.json").is_file() and has == had:
         if (out / "retrieval.json").is_file():
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
+        _sweep(out, ())
         return True
-    with claimed(out):
-        if rounds(out):  # else it goes on from the start
-            _check_records(out, verify(out, config.experiment))
+    if rounds(out):  # else it goes on from the start
+        _check_records(out, verify(out, config.experiment))
     environment = _read_environment(out)
     if environment.get("data_sha256") != data.sha256:
         raise InputError(f"{out}: cannot be resumed: the data of {data.name} have changed since it began")
     saved = load_partition(out / "partition.npz")
     if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
         raise InputError(f"{out}: its partition is not the one this configuration makes")
-    for path in [path for pattern in END_PRODUCTS for path in out.glob(pattern)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _sweep(out, END_PRODUCTS)
     write_text(out / "config.yaml", config.to_yaml())
     return False
+
+
+def _sweep(out: Path, patterns: Sequence[str]) -> None:
+    """Take away what matches, and halves of files from a process that was killed. Raises InputError as `claimed`."""
+    with claimed(out):
+        for path in [path for pattern in patterns for path in out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in out.rglob(".*"):
+            if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+                path.unlink()
 
 
 def _check_records(out: Path, facts: Mapping[str, Any]) -> None:
