@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import chain
+from itertools import chain, permutations
 
 import torch
 
 from fedxmr.config import Config, LearnerConfig
 from fedxmr.data import Dataset
 from fedxmr.errors import InputError
-from fedxmr.evaluation import directions
 from fedxmr.learners import learner_class
 from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
@@ -80,7 +79,10 @@ def check(config: Config, data: Dataset) -> None:
     except (RuntimeError, MemoryError, OverflowError) as error:
         raise InputError(f"the learner cannot be built as configured: {str(error).splitlines()[0]}") from error
     for name, items in (("validation", data.validation), ("test", data.test)):
-        for query, gallery in directions(items):
+        for query, gallery in permutations(data.spec.dims, 2):
+            for modality in (query, gallery):
+                if modality not in items.modalities:
+                    raise InputError(f"{data.name}: expected {name} items with {modality}, got none")
             there = items.labels[items.rows[gallery]].any(0)
             if not bool((items.labels[items.rows[query]] & there).any()):
                 raise InputError(

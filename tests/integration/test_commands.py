@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ import pytest
 from fedxmr import commands
 from fedxmr.centralized import centralized
 from fedxmr.errors import InputError
+from fedxmr.setting import check
 from fedxmr.simulate import simulate
-from tests.federations import SMALL
+from fedxmr.sources import dataset
+from fedxmr.types import Items
+from tests.federations import SMALL, configured
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,6 +148,15 @@ def test_a_bad_folder_gets_one_line(empty, capsys, changed, says):
     assert says in error
     assert error.count("\n") == 1
     assert not (empty / "runs").exists()
+
+
+def test_a_part_without_a_modality_is_refused_before_the_run():
+    config = configured()
+    data = dataset(config)
+    images = {"image": data.validation.features["image"]}
+    lacking = Items(images, {"image": data.validation.rows["image"]}, data.validation.labels)
+    with pytest.raises(InputError, match="synthetic: expected validation items with text, got none"):
+        check(config, replace(data, validation=lacking))
 
 
 def test_items_nobody_can_find_anything_for_are_refused_before_the_run(empty, capsys):
