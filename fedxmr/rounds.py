@@ -213,7 +213,8 @@ class Client:
         proximal = Proximal(strategy.mu, {name: task.shared[name] for name in own}) if strategy.mu and own else None
         with clock.part("fit"):
             rng = generator(self._config.seed, "joint", task.round, self.client)
-            fit = self.learner.fit(items, self._config.federation.epochs, rng, proximal)
+            with items.lent("the learner's fit"):
+                fit = self.learner.fit(items, self._config.federation.epochs, rng, proximal)
         if not fit.trained:
             return None, {}
         return (fit.loss_sum if strategy.loss == "sum" else fit.loss), self.learner.state(own)

@@ -10,7 +10,7 @@ import torch
 from fedxmr.config import Config, LearnerConfig
 from fedxmr.data import Dataset
 from fedxmr.errors import InputError
-from fedxmr.learners import learner_class
+from fedxmr.learners import describe, learner_class, vet
 from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
 from fedxmr.seeding import generator
@@ -75,9 +75,14 @@ def check(config: Config, data: Dataset) -> None:
     zero_shot(config)
     try:
         # on the CPU: the process that checks may not be one that trains, and is to take no GPU memory
-        shared_names(config.strategy, build_learner(config.learner, data.spec, torch.device("cpu"), None))
-    except (RuntimeError, MemoryError, OverflowError) as error:
-        raise InputError(f"the learner cannot be built as configured: {str(error).splitlines()[0]}") from error
+        learner = build_learner(config.learner, data.spec, torch.device("cpu"), None)
+        vet(config.learner.name, learner, data.spec)
+        shared_names(config.strategy, learner)
+        remarks(config, data)
+    except InputError:
+        raise
+    except Exception as error:  # a learner from outside may raise anything
+        raise InputError(f"the learner cannot be built as configured: {describe(error)}") from error
     for name, items in (("validation", data.validation), ("test", data.test)):
         for query, gallery in permutations(data.spec.dims, 2):
             for modality in (query, gallery):

@@ -53,7 +53,7 @@ def test_a_run_killed_anywhere_is_resumed(tmp_path, events):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("engine", "kills", "longest"), [(LOCAL, 20, 90), (RAY, 8, 60)], ids=["local", "ray"])
+@pytest.mark.parametrize(("engine", "kills", "longest"), [(LOCAL, 20, 60), (RAY, 8, 60)], ids=["local", "ray"])
 @pytest.mark.parametrize("learner", [DSCMR, JFSE], ids=["fedcmr with dscmr", "fedavg with jfse"])
 def test_a_run_killed_again_and_again_is_resumed_each_time(tmp_path, learner, engine, kills, longest):
     arguments = (*learner, *engine, "federation.rounds=40", "federation.checkpoint_every=3")
