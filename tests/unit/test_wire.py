@@ -27,9 +27,11 @@ SHARED = {"common.weight": torch.randn(3, 2), "step": torch.tensor(3.0), "mask":
 
 
 def registration() -> Registration:
-    moments = {"image": Moments.of(torch.randn(5, 4)), "text": Moments.of(torch.randn(0, 2))}
+    moments = {"image": Moments.of(torch.randn(5, 4)), "text": Moments.of(torch.randn(4, 2))}
     spec = DataSpec({"image": 4, "text": 2}, 3, class_vectors=torch.randn(3, 7))
-    return Registration(2, 5, torch.tensor([2, 3, 0]), spec, ("image",), moments, {"torch": "2.13"}, "ab12")
+    return Registration(
+        2, 5, torch.tensor([2, 3, 0]), spec, {"image": 5, "text": 4, "tags": 1}, moments, {"torch": "2.13"}, "ab12"
+    )
 
 
 @pytest.mark.parametrize(
