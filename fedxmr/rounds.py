@@ -63,7 +63,7 @@ class Client:
             n=len(self._raw),
             class_counts=class_counts(self._raw),
             spec=self._setting.data.spec,
-            held=self._raw.modalities,
+            held={modality: len(self._raw.rows[modality]) for modality in self._raw.modalities},
             moments=self._moments(),
             versions={"fedxmr": __version__, "torch": str(torch.__version__), "flwr": version("flwr")},
             initial_sha256=self._setting.initial_sha256,

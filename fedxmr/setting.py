@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
 from itertools import chain, permutations
 
@@ -106,7 +107,7 @@ def own_device(config: Config) -> torch.device:
     return choose_device("auto" if config.runtime.ray_address else config.runtime.device)
 
 
-def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:
+def owned_names(shared: frozenset[str], learner: Learner, held: Collection[str]) -> frozenset[str]:
     """The shared names that a client holding these modalities trains: all but those of modalities it lacks."""
     lacking = (names for modality, names in learner.by_modality.items() if modality not in held)
     return shared - frozenset(chain.from_iterable(lacking))

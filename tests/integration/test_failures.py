@@ -177,7 +177,7 @@ def test_an_evaluation_on_a_copy_leaves_the_training_state_as_it_was():
 
 
 SPEC = DataSpec({"image": 4, "text": 2}, 2)
-REGISTERED = Registration(1, 10, torch.tensor([4, 6]), SPEC, ("image",), {}, {"torch": "1"}, "aa")
+REGISTERED = Registration(1, 10, torch.tensor([4, 6]), SPEC, {"image": 10}, {}, {"torch": "1"}, "aa")
 TASK = Task(3, 1, 2, {})
 SCORES = {"image->text": 0.5, "text->image": 0.25, "average": 0.375}
 GOOD = Update(3, 1, 10, torch.tensor([4, 6]), 0.5, {"w": torch.ones(2, 3), "b": torch.ones(3)})
@@ -223,9 +223,9 @@ def test_a_bad_update_is_named(change, says):
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        (None, "lacks the scores it was asked for"),
-        ({**SCORES, "image->text": 1.5}, "mAP image->text of 1.5"),
-        ({**SCORES, "average": float("nan")}, "mAP average of nan"),
+        (None, "lacks the validation scores it was asked for"),
+        ({**SCORES, "image->text": 1.5}, "validation mAP image->text of 1.5"),
+        ({**SCORES, "average": float("nan")}, "validation mAP average of nan"),
         ({"image->text": 0.5}, "scores of image->text, expected average, image->text, text->image"),
     ],
 )
@@ -255,12 +255,12 @@ def test_training_that_was_not_asked_for_is_refused():
         ([{"client": 0, "versions": {"torch": "2"}}], "client 1: versions"),
         ([{"client": 0, "spec": dataclasses.replace(SPEC, class_vectors=torch.ones(2, 3))}], "class vectors: expected"),
         ([{"client": 0, "spec": dataclasses.replace(SPEC, seen=torch.ones(2).bool())}], "seen classes: expected"),
-        ([{"client": 0, "initial_sha256": "bb"}], "client 0: seeded initial state: expected aa, got bb"),
-        ([{"client": 0, "n": 0}], "client 0: expected items"),
+        ([{"client": 0, "initial_sha256": "bb"}], "client 1: seeded initial state: expected bb, got aa"),
+        ([{"client": 0, "n": 0}], "client 0: class counts: expected 0 to 0, its training items"),
     ],
 )
 def test_registrations_that_do_not_agree_stop_the_run(others, says):
     all_ = sorted([*(dataclasses.replace(REGISTERED, **o) for o in others), REGISTERED], key=lambda r: r.client)
     with pytest.raises(FederationError) as caught:
-        check_registrations(all_, 2, "aa")
+        check_registrations(all_, 2)
     assert says in str(caught.value)
