@@ -6,7 +6,7 @@ A client took part in a round if its update counted in the round's sum.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -24,9 +24,9 @@ Missed = Mapping[int, Mapping[str, Sequence[int]]]
 """Client -> why -> the rounds that it missed for this reason, ascending; every client and every reason."""
 
 
-def attendance(summary: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> list[str]:
-    """What a report says of it. summary, lines: of the run's summary.json and metrics.jsonl."""
-    rounds, found = summary["rounds"], missed(summary, lines)
+def attendance(summary: Mapping[str, Any]) -> list[str]:
+    """What a report says of it. summary: the content of the run's summary.json."""
+    rounds, found = summary["rounds"], missed(summary)
     if not any(of_client[why] for of_client in found.values() for why in MISSED):
         return ["who took part: every client in every round"]
     if len(found) <= BY_CLIENT:
@@ -34,22 +34,25 @@ def attendance(summary: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -
     return _overview(found, rounds)
 
 
-def missed(summary: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> Missed:
+def missed(summary: Mapping[str, Any]) -> Missed:
     """Which rounds every client missed, and why."""
-    trained = {(line["round"], line["client"]) for line in lines if "loss" in line}
     failed, rejected = ({(at["round"], at["client"]) for at in summary[kind]} for kind in ("failed", "rejected"))
     found: dict[int, dict[str, list[int]]] = {k: {why: [] for why in MISSED} for k in range(summary["clients"])}
     for round in range(1, summary["rounds"] + 1):
-        asked, away = set(summary["participation"][str(round)]), set(summary["dropped"].get(str(round), ()))
+        asked, away, abstained = (
+            set(summary[what].get(str(round), ())) for what in ("participation", "dropped", "abstained")
+        )
         for client, rounds_missed in found.items():
-            at = round, client
-            if client in away:
-                rounds_missed["dropped out"].append(round)
-            elif client not in asked:
-                rounds_missed[NOT_SAMPLED].append(round)
-            elif at not in trained:
-                why = "failed" if at in failed else "rejected" if at in rejected else "abstained"
-                rounds_missed[why].append(round)
+            for why, holds in (
+                ("dropped out", client in away),
+                (NOT_SAMPLED, client not in asked),
+                ("failed", (round, client) in failed),
+                ("rejected", (round, client) in rejected),
+                ("abstained", client in abstained),
+            ):
+                if holds:
+                    rounds_missed[why].append(round)
+                    break
     return found
 
 
@@ -69,7 +72,7 @@ def _overview(found: Missed, rounds: int) -> list[str]:
     return [
         f"who took part: {fewest}{max(there)} of {len(found)} clients in a round; {sum(map(bool, often))} of them at "
         f"least once, none in more than {max(often)} of {rounds} rounds",
-        f"  missed by sampled clients: {reasons or 'nothing'}; who and when: summary.json, metrics.jsonl",
+        f"  missed by sampled clients: {reasons or 'nothing'}; who and when: summary.json",
     ]
 
 

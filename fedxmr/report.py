@@ -108,7 +108,10 @@ def _print(
 
 def _close(summary: Mapping[str, Any], out: Path) -> None:
     """Who took part, and what it cost."""
-    for line in attendance(summary, read_lines(out / "metrics.jsonl")):
+    lines = read_lines(out / "metrics.jsonl")
+    if not any("loss" in line for line in lines):
+        say("warning: no client trained in any round; the scores are those of the initial state")
+    for line in attendance(summary):
         say(line)
     say(_costs(summary))
 

@@ -96,7 +96,8 @@ class _Report(_Facts):
 class _Checkpoint(_Facts):
     client: Integer
     base: Integer
-    file: str
+    file: Annotated[str, Field(pattern=r"^checkpoint/\.?round-\d+/client-\d+\.safetensors$")]
+    """Nowhere else: a client writes and reads what it is told to."""
 
 
 def pack_start() -> RecordDict:

@@ -113,6 +113,8 @@ class Federation:
             ]
             weights = client_weights(strategy, contributions)
             standing.shared = combine(standing.shared, contributions, weights, self._by_class, strategy.server_step)
+        if abstained := [u.client for u in stood if u.loss is None]:
+            standing.abstained[str(round)] = abstained
         standing.round = round
         self._record(round, contributions, weights.tolist())
 
@@ -280,6 +282,7 @@ class Federation:
             engine=self._nodes.engine,
             bytes=standing.bytes,
             participation=standing.participation,
+            abstained=standing.abstained,
             rejected=standing.rejected,
             failed=standing.failed,
             recovered=standing.recovered,

@@ -31,6 +31,7 @@ class Standing:
     selection: Selection = field(default_factory=Selection)
     bytes: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
     participation: dict[str, list[int]] = field(default_factory=dict)
+    abstained: dict[str, list[int]] = field(default_factory=dict)
     rejected: list[Incident] = field(default_factory=list)
     failed: list[Incident] = field(default_factory=list)
     recovered: list[Incident] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Standing:
             "selection": self.selection.to_json(),
             "bytes": self.bytes,
             "participation": self.participation,
+            "abstained": self.abstained,
             "rejected": self.rejected,
             "failed": self.failed,
             "recovered": self.recovered,

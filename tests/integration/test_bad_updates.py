@@ -341,7 +341,10 @@ def test_a_bad_final_report_is_named_and_does_not_count(tmp_path, lie, change, r
     ("change", "reason"),
     [
         (facts(client=2), r"expected Checkpoint\(client=1, base=2, .* got Checkpoint\(client=2, base=2"),
-        (facts(file="elsewhere"), r"expected Checkpoint\(client=1, base=2, .* got .*file='elsewhere'"),
+        (
+            facts(file="checkpoint/round-9/client-9.safetensors"),
+            r"expected Checkpoint\(client=1, base=2, .* got .*file='checkpoint/round-9/client-9.safetensors'",
+        ),
         (facts(base=1), r"expected Checkpoint\(client=1, base=2, .* got .*base=1"),
         (facts(base="2"), "not a checkpoint: base: input should be a valid integer"),
         (emptied, "not a checkpoint: lacks 'facts'"),

@@ -33,6 +33,7 @@ SUMMARY_KEYS = [
     "bytes",
     "seconds",
     "participation",
+    "abstained",
     "dropped",
     "rejected",
     "failed",
@@ -154,10 +155,18 @@ def test_an_abstaining_client_receives_but_does_not_count(tmp_path):
     assert len(silent) == 1
     assert summary["rejected"] == summary["failed"] == []
     (k,) = silent
+    assert summary["abstained"] == {str(t): [k] for t in range(1, 4)}
     shared, _ = state.load(tmp_path / "run" / "shared-last.safetensors")
     last, _ = state.load(tmp_path / "run" / "clients" / str(k) / "last.safetensors")
     assert torch.equal(last["weights/shared.w"], shared["shared.w"])  # no change of its own to add
     assert last["weights/private.v"].item() == 0
+
+
+def test_a_run_in_which_nobody_can_train_says_so(tmp_path, capsys):
+    federate(tmp_path / "run", "learner.abstains_without=audio", base=TOY)
+    told = capsys.readouterr().out
+    assert "warning: no client trained in any round" in told
+    assert "client 0: 0; abstained in 1-3" in told
 
 
 def test_a_client_that_lacks_a_modality_sends_and_counts_only_for_what_it_owns(tmp_path):

@@ -53,12 +53,28 @@ def registration() -> Registration:
         ),
         (Update(4, 1, 5, torch.tensor([5]), None, {}), wire.pack_update, wire.unpack_update),
         (Farewell(1, 41, 3, 40, True), wire.pack_farewell, wire.unpack_farewell),
-        (Checkpoint(1, 5, "a/b"), wire.pack_checkpoint, wire.unpack_checkpoint),
+        (Checkpoint(1, 5, "checkpoint/.round-5/client-1.safetensors"), wire.pack_checkpoint, wire.unpack_checkpoint),
         (Report(1, {"a->b": 0.5}, None, "ff"), wire.pack_report, wire.unpack_report),
     ],
 )
 def test_a_message_survives(message, pack, unpack):
     assert same(unpack(pack(message)), message)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/etc/passwd",
+        "checkpoint/../../client-1.safetensors",
+        "../checkpoint/round-1/client-1.safetensors",
+        "checkpoint/round-1/client-1.safetensors/x",
+        "checkpoint/round-1/server.safetensors",
+        "checkpoint/round-1/client-1.safetensors\n",
+    ],
+)
+def test_a_client_is_sent_to_no_other_file(file):
+    with pytest.raises(wire.WireError, match="not a checkpoint: file"):
+        wire.unpack_checkpoint(wire.pack_checkpoint(Checkpoint(1, 5, file)))
 
 
 def test_arrays_arrive_in_memory_of_their_own():
