@@ -39,7 +39,7 @@ def checkpoint(message: Message, context: Context) -> Message:
     asked = wire.unpack_checkpoint(message.content)
     with clock.part("state"), residents.at_work(context, asked.base) as client:
         client.return_to(asked.base)
-        client.snapshot().save(_out(context) / asked.file, asked.client)
+        client.snapshot().save(_out(context) / asked.file, client.owner)
     return Message(wire.pack_checkpoint(asked), reply_to=message)
 
 
@@ -48,7 +48,7 @@ def restore(message: Message, context: Context) -> Message:
     """In a simulation: go back to a state in the run folder."""
     asked = wire.unpack_checkpoint(message.content)
     with clock.part("state"), residents.at_work(context, asked.base) as client:
-        client.roll_back(Snapshot.load(_out(context) / asked.file, asked.client))
+        client.roll_back(Snapshot.load(_out(context) / asked.file, client.owner))
     return Message(wire.pack_checkpoint(asked), reply_to=message)
 
 

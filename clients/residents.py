@@ -78,11 +78,10 @@ class Residents:
         Where the work fails, a living client is left as it is and a durable one keeps the state it had.
         """
         place = Place.of(context)
-        store = Store(place.states, place.client)
         client = self._clients.pop(place.client, None)
         if client is None:
             client = self._new(context, place)
-            if (held := store.load(base)) is not None:
+            if (held := Store(place.states, client.owner).load(base)) is not None:
                 client.roll_back(held)
         if place.alive:
             self._clients[place.client] = client
@@ -90,7 +89,7 @@ class Residents:
             self._shrink(place)
         else:
             yield client
-            store.save(client.snapshot())
+            Store(place.states, client.owner).save(client.snapshot())
 
     def _shrink(self, place: Place) -> None:
         """Move clients to files, those used longest ago first, until the rest fits the budget."""
@@ -99,8 +98,9 @@ class Residents:
         for k in list(self._clients):
             if total <= place.budget:
                 return
-            for held in self._clients[k].states():
-                Store(place.states, k).save(held)
+            client = self._clients[k]
+            for held in client.states():
+                Store(place.states, client.owner).save(held)
             del self._clients[k]  # not before: where the disk is full it stays alive
             total -= self._sizes.pop(k, 0)
 

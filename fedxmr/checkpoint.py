@@ -4,12 +4,11 @@
     checkpoint/round-10/client-0.safetensors    one for every client that has taken part
 
 A checkpoint is written beside its place and renamed; the newest two are kept. A state that has not changed since the
-one before is linked, not written again.
+one before is linked, not written again. Every file says which experiment it belongs to (`Config.experiment`).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from typing import Any
 
 from fedxmr import state
 from fedxmr.errors import InputError
+from fedxmr.snapshot import Owner, Snapshot
 from fedxmr.types import State
 
 KEPT = 2
@@ -47,12 +47,21 @@ def complete(
     """Add the server's state and the unchanged clients' of checkpoint `before`, put all in place, drop old ones."""
     begun = out / f"checkpoint/.round-{round}"
     for client in unchanged:
-        os.link(out / folder(before) / client_file(client), begun / client_file(client))
+        _link(out / folder(before) / client_file(client), begun / client_file(client))
     state.save(begun / "server.safetensors", server, facts)
     shutil.rmtree(out / folder(round), ignore_errors=True)
     begun.rename(out / folder(round))
+    state.sync(out / "checkpoint")
     for old in rounds(out)[:-KEPT]:
         shutil.rmtree(out / folder(old))
+
+
+def _link(file: Path, other: Path) -> None:
+    """Make `other` the same file, or a copy where the file system has no links."""
+    try:
+        other.hardlink_to(file)
+    except OSError:
+        shutil.copyfile(file, other)
 
 
 def rounds(out: Path) -> list[int]:
@@ -61,22 +70,50 @@ def rounds(out: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def newest(out: Path) -> tuple[State, dict[str, Any]]:
-    """The server's state and facts of the newest checkpoint. Raises InputError where there is none or it is damaged."""
-    if not (found := rounds(out)):
-        raise InputError(f"{out}: has no checkpoint to resume from")
-    return _load(out, found[-1], "server.safetensors")
+def newest(out: Path, experiment: str) -> tuple[State, dict[str, Any]]:
+    """The server's state and facts of the newest checkpoint, of which there is one.
+
+    Raises InputError where it is damaged or of another experiment.
+    """
+    return _server(out, rounds(out)[-1], experiment)
 
 
-def client_state(out: Path, round: int, client: int) -> tuple[State, dict[str, Any]]:
-    """A client's state and facts in a checkpoint. Raises InputError where it is missing or damaged."""
-    return _load(out, round, client_file(client))
+def verify(out: Path, experiment: str) -> dict[str, Any]:
+    """See that the newest checkpoint, of which there is one, is whole and of this experiment; the server's facts in it.
 
-
-def _load(out: Path, round: int, name: str) -> tuple[State, dict[str, Any]]:
+    Raises InputError where it is not, which offers the one before where that is.
+    """
+    found = rounds(out)
     try:
-        return state.load(out / folder(round) / name)
+        return _verified(out, found[-1], experiment)
     except InputError as error:
-        older = [r for r in rounds(out) if r < round]
-        hint = f"; to go on from round {older[-1]}, remove {out / folder(round)}" if older else ""
-        raise InputError(f"{error}{hint}") from error
+        good = next((round for round in reversed(found[:-1]) if _is_good(out, round, experiment)), None)
+        if good is None:
+            raise
+        raise InputError(f"{error}; to go on from round {good}, remove {out / folder(found[-1])}") from error
+
+
+def _is_good(out: Path, round: int, experiment: str) -> bool:
+    try:
+        _verified(out, round, experiment)
+    except InputError:
+        return False
+    return True
+
+
+def _verified(out: Path, round: int, experiment: str) -> dict[str, Any]:
+    """See to one checkpoint; the server's facts in it. Raises InputError."""
+    _, facts = _server(out, round, experiment)
+    for client in map(int, facts["base"]):
+        Snapshot.load(out / folder(round) / client_file(client), Owner(client, experiment))
+    return facts
+
+
+def _server(out: Path, round: int, experiment: str) -> tuple[State, dict[str, Any]]:
+    path = out / folder(round) / "server.safetensors"
+    tensors, facts = state.load(path)
+    if facts.get("experiment") != experiment or facts.get("round") != round:
+        expected = f"round {round} of experiment {experiment}, which config.yaml describes"
+        got = f"round {facts.get('round')} of {facts.get('experiment')}"
+        raise InputError(f"{path}: expected {expected}, got {got}")
+    return tensors, facts

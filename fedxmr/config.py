@@ -7,6 +7,9 @@ here they become one tree. An unknown key is an error that names the nearest kno
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -31,6 +34,18 @@ from fedxmr.errors import InputError
 from fedxmr.learners import learner_class
 from fedxmr.partition import PartitionConfig
 from fedxmr.strategies import StrategyConfig, preset
+
+
+class _Loader(yaml.SafeLoader):
+    """The booleans of YAML 1.2, true and false alone: under 1.1 the key of `evaluation: {on: all-test}` is True."""
+
+
+_BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [resolver for resolver in resolvers if resolver[0] != _BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_BOOL, re.compile(r"(?:true|True|TRUE|false|False|FALSE)\Z"), list("tTfF"))
 
 
 class _Section(BaseModel):
@@ -128,7 +143,10 @@ class FederationConfig(_Section):
         None, description="good updates a round needs to stand; null: 2, or 1 where only one takes part"
     )
     tolerate_failures: bool = Field(False, description="go on without a client that fails or is rejected")
-    deadline: PositiveFloat = Field(600.0, description="seconds a client has to answer a message")
+    dropout: float = Field(0.0, ge=0, lt=1, description="chance that a client of a round is out of reach in it")
+    deadline: PositiveFloat = Field(
+        600.0, description="seconds a client has to answer a message; local: looked at when it has answered"
+    )
     checkpoint_every: int = Field(5, ge=0, description="rounds between checkpoints of a simulation; 0: none")
     start_deadline: PositiveFloat = Field(60.0, description="seconds the clients have to answer the start query")
 
@@ -240,6 +258,17 @@ class Config(_Section):
         """The resolved configuration; `from_yaml` of it gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
+    @property
+    def experiment(self) -> str:
+        """The name of the run that states belong to: a digest of the configuration.
+
+        It leaves out `runtime`, where the data lie, and how many rounds there are, which may grow.
+        """
+        tree = self.model_dump(
+            mode="json", exclude={"runtime": True, "federation": {"rounds"}, "dataset": {"data_dir"}}
+        )
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
     @classmethod
     def from_yaml(cls, text: str) -> Config:
         """Parse and check. Raises InputError with one line."""
@@ -257,7 +286,7 @@ def resolve(tree: Mapping[str, Any]) -> Config:
 def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """A YAML mapping; the empty text is the empty one. Raises InputError naming `source`."""
     try:
-        tree = yaml.safe_load(text)
+        tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
     except yaml.YAMLError as error:
         raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
@@ -283,7 +312,7 @@ def override(tree: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, A
         if not equals or not dotted:
             raise InputError(f"{assignment!r}: expected key=value, such as strategy.gamma=1.0")
         try:
-            value = yaml.safe_load(text)
+            value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
         except yaml.YAMLError as error:
             raise InputError(f"{dotted}: expected a YAML value, got {text!r}") from error
         tree = merged(tree, nested(dotted, value))

@@ -69,6 +69,16 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(s in str(error) for s in ("out of memory", "can't allocate memory"))
 
 
+REASON = 500
+"""The longest reason that is shown: what a client says may be of any length."""
+
+
+def in_one_line(text: str) -> str:
+    """What somebody else said, as one line that can be shown."""
+    line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+    return line if len(line) <= REASON else f"{line[:REASON]} ..."
+
+
 def unknown(kind: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a list, with the nearest one that is."""
     known = sorted(known)

@@ -44,7 +44,8 @@ def evaluate(learner: Encoder, items: Items, seed: int) -> dict[str, float]:
     Queries are the items that have the one modality, the gallery those that have the other. Ties are broken by a
     permutation of the gallery drawn from the seed, the same for every method.
     """
-    encoded = {m: learner.encode(m, items.features[m]) for m in items.modalities}
+    with items.lent("the learner's encode"):
+        encoded = {m: learner.encode(m, items.features[m]) for m in items.modalities}
     labels = {m: items.labels[items.rows[m]] for m in items.modalities}
     found = {}
     for query, gallery in directions(items):

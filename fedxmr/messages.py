@@ -22,14 +22,15 @@ Scores = Mapping[str, float]
 class Registration:
     """Who a client is. No item leaves it: counts, and per modality count, mean and centred sum of squares.
 
-    class_counts: [C] int64. held: the modalities it has items of. initial_sha256: of the seeded shared state.
+    class_counts: [C] int64. held: modality -> how many of its items have it, of those that any has.
+    moments: of the modalities among them that are standardised. initial_sha256: of the seeded shared state.
     """
 
     client: int
     n: int
     class_counts: Tensor
     spec: DataSpec
-    held: tuple[str, ...]
+    held: Mapping[str, int]
     moments: Mapping[str, Moments]
     versions: Mapping[str, str]
     initial_sha256: str

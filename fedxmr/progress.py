@@ -85,7 +85,7 @@ class Progress:
 
     @property
     def _figures(self) -> str:
-        loss = "" if self._loss is None else f"loss {self._loss:.4f}"
+        loss = "" if self._loss is None else f"loss {self._loss:{'.4f' if self._loss < 1e6 else '.4g'}}"
         score = "" if self._map is None else f"validation mAP {self._map:.3f}"
         return "  ".join(part for part in (loss, score) if part)
 

@@ -5,15 +5,19 @@ metrics.jsonl holds only what two runs of one seed must agree on; whatever a clo
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+import logging
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +26,9 @@ from typing import TYPE_CHECKING, Any, Self, TextIO
 import torch
 
 from fedxmr import __version__
-from fedxmr.checkpoint import client_state, newest, rounds
+from fedxmr.checkpoint import rounds, verify
 from fedxmr.config import Config, read_yaml, resolve
+from fedxmr.data import Dataset
 from fedxmr.errors import InputError, naming
 from fedxmr.machine import cores
 from fedxmr.partition import Part, load_partition, save_partition
@@ -32,27 +37,38 @@ from fedxmr.setting import own_device
 if TYPE_CHECKING:
     from fedxmr.events import Events
 
+log = logging.getLogger(__name__)
+
 Line = dict[str, Any]
 
+RECORDS = ("metrics", "timings")
+"""The files of lines, <name>.jsonl."""
 
-def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -> None:
-    """Make a run folder with the resolved configuration, the environment and the partition.
 
-    Raises InputError where there is something already; with `overwrite` a run folder there is removed first.
+BEGINNINGS = ("environment.json", "partition.npz")
+"""What a run folder has before it has its config.yaml."""
+
+
+def prepare(out: Path, config: Config, data: Dataset, parts: Sequence[Part], overwrite: bool) -> None:
+    """Make a run folder with the resolved configuration, the environment and the partition of the data.
+
+    Raises InputError where there is something already, but for what another `prepare` began and did not end; with
+    `overwrite` a run folder there is removed first.
     """
-    marks = ("config.yaml", "environment.json", "partition.npz")
+    marks = ("config.yaml", *BEGINNINGS)
     try:
-        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and not any(out.iterdir())))
+        taken = out.is_symlink() or (out.exists() and not (out.is_dir() and all(map(_begun, out.iterdir()))))
         if taken:
             if out.is_symlink() or not (overwrite and all((out / mark).is_file() for mark in marks)):
                 how = "it is no run folder" if overwrite else "pass --overwrite to replace it, or another --out"
                 raise InputError(f"{out}: already exists; {how}")
-            shutil.rmtree(out)
+            with claimed(out):
+                shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         try:
-            (out / "config.yaml").write_text(config.to_yaml(), encoding="utf-8")
-            write_json(out / "environment.json", environment(config))
+            write_json(out / "environment.json", {**environment(config), "data_sha256": data.sha256})
             save_partition(out / "partition.npz", parts)
+            write_text(out / "config.yaml", config.to_yaml())
         except OSError:
             shutil.rmtree(out, ignore_errors=True)
             raise
@@ -60,21 +76,50 @@ def prepare(out: Path, config: Config, parts: Sequence[Part], overwrite: bool) -
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
 
 
+def _begun(path: Path) -> bool:
+    """Whether a file is one that `prepare` writes first, or half of one."""
+    return path.name.lstrip(".").startswith((*BEGINNINGS, "config.yaml.")) and path.is_file()
+
+
+@contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """A run folder for this process alone, until it ends, however it ends. Raises InputError where another has it."""
+    folder = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(folder)
+        raise InputError(f"{out}: another process is working in this run folder") from error
+    except OSError:  # a file system without locks
+        log.warning("%s: cannot be locked: take care that no other process works in it", out)
+    try:
+        yield
+    finally:
+        os.close(folder)
+
+
 def add_environment(out: Path, **facts: Any) -> None:
     """Add to environment.json what is known only once an engine runs."""
+    write_json(out / "environment.json", {**_read_environment(out), **facts})
+
+
+def _read_environment(out: Path) -> dict[str, Any]:
     path = out / "environment.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), **facts})
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from error
 
 
 END_PRODUCTS = ("summary.json", "retrieval.json", "pictures", "clients", "shared-*.safetensors")
 """What is there only when a run has ended."""
 
 
-def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
+def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> bool:
     """See that a run folder can be resumed with this configuration, and take away what only an ended run has.
 
     Returns whether all rounds are done and only the report is missing.
-    Raises InputError naming the keys that differ, for another partition, and for a run that has nothing left to do.
+    Raises InputError naming the keys that differ, for other data, and for a run that has nothing left to do.
     """
     before = resolve(read_yaml(out / "config.yaml"))
     changed = [key for key in _differing(before.model_dump(), config.model_dump()) if key != "federation.rounds"]
@@ -86,42 +131,60 @@ def reopen(out: Path, config: Config, parts: Sequence[Part]) -> bool:
     if (out / "summary.json").is_file() and has == had:
         if (out / "retrieval.json").is_file():
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
+        _sweep(out, ())
         return True
-    _check_checkpoint(out)
+    if rounds(out):  # else it goes on from the start
+        _check_records(out, verify(out, config.experiment))
+    environment = _read_environment(out)
+    if environment.get("data_sha256") != data.sha256:
+        raise InputError(f"{out}: cannot be resumed: the data of {data.name} have changed since it began")
     saved = load_partition(out / "partition.npz")
     if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
-        raise InputError(f"{out}: its partition is not the one this configuration makes; has the data changed?")
+        raise InputError(f"{out}: its partition is not the one this configuration makes")
     try:
-        for path in [path for pattern in END_PRODUCTS for path in out.glob(pattern)]:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        _sweep(out, END_PRODUCTS)
         if has != had:
-            _write_whole(out / "config.yaml", config.to_yaml())
+            write_text(out / "config.yaml", config.to_yaml())
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
     return False
 
 
-def _check_checkpoint(out: Path) -> None:
-    """See that all of the newest checkpoint is there and whole, and the records it counts on. Raises InputError."""
-    _, facts = newest(out)
-    for name in ("metrics", "timings"):
+def _sweep(out: Path, patterns: Sequence[str]) -> None:
+    """Take away what matches, and halves of files from a process that was killed. Raises InputError as `claimed`."""
+    with claimed(out):
+        for path in [path for pattern in patterns for path in out.glob(pattern)]:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for path in out.rglob(".*"):
+            if re.fullmatch(r"\..+\.\d+", path.name) and path.is_file():
+                path.unlink()
+
+
+def _check_records(out: Path, facts: Mapping[str, Any]) -> None:
+    """See that the records that a checkpoint counts on are those of its time. Raises InputError."""
+    for name in RECORDS:
         path = out / f"{name}.jsonl"
-        if not path.is_file() or path.stat().st_size < facts["records"][name]:
-            raise InputError(f"{path}: is shorter than at the checkpoint of round {facts['round']}")
-    for client in facts["base"]:
-        client_state(out, facts["round"], int(client))
+        if not path.is_file() or _digest(path, facts["records"][name]["size"]) != facts["records"][name]:
+            raise InputError(f"{path}: is not what it was at the checkpoint of round {facts['round']}")
 
 
 def outlook(out: Path) -> str:
-    """What a user can do about a run that has stopped: whether it can go on, and how."""
+    """How a run that has stopped can go on, for a user."""
     trained, reported = (out / "summary.json").is_file(), (out / "retrieval.json").is_file()
     if trained and reported:
         return f"this run has ended; its results are in {out}"
-    kept = f"what was measured so far is in {out}"
-    if not trained and not rounds(out):
-        return f"{kept}; it cannot be resumed: no checkpoint yet"
-    where = "with its report" if trained else f"from the checkpoint of round {rounds(out)[-1]}"
-    return f"{kept}; to go on {where}: python -m fedxmr.simulate --resume {shlex.quote(str(out))}"
+    last = max(rounds(out), default=0)
+    after = f"from the checkpoint of round {last}" if last else "from the start, as there is no checkpoint"
+    where = "with its report" if trained else after
+    how = f"python -m fedxmr.simulate --resume {shlex.quote(str(out))}"
+    return f"what was measured so far is in {out}; to go on {where}: {how}"
+
+
+def _digest(path: Path, size: int = -1) -> dict[str, Any]:
+    """The size and SHA-256 of a file, or of its first `size` bytes."""
+    with path.open("rb") as file:
+        content = file.read(size)
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
 def _differing(one: Mapping[str, Any], other: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -153,11 +216,11 @@ def environment(config: Config) -> dict[str, Any]:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON, atomically."""
-    _write_whole(path, json.dumps(content, indent=1) + "\n")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+def write_text(path: Path, text: str) -> None:
+    """Write a file, atomically."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with naming(path):
@@ -179,11 +242,18 @@ class Recorder:
     """An open run folder. What belongs to a round waits until it is whole: its scores arrive a round later."""
 
     def __init__(self, out: Path, position: Mapping[str, Any] | None = None) -> None:
-        """position: what `position` gave at a checkpoint; everything recorded later is cut off."""
+        """position: what `position` gave at a checkpoint; everything recorded later is cut off.
+
+        Raises InputError where another process records in this folder.
+        """
         self.out = out
-        at = position or {"metrics": 0, "timings": 0, "lines": [], "scalars": [], "written": None}
-        self._metrics = _open_at(out / "metrics.jsonl", at["metrics"])
-        self._timings = _open_at(out / "timings.jsonl", at["timings"])
+        at = position or {**{name: {"size": 0} for name in RECORDS}, "lines": [], "scalars": [], "written": None}
+        with ExitStack() as opened:
+            opened.enter_context(claimed(out))
+            self._metrics, self._timings = (
+                opened.enter_context(_open_at(out / f"{name}.jsonl", at[name]["size"])) for name in RECORDS
+            )
+            self._opened = opened.pop_all()
         self._lines = {(int(line["round"]), int(line["client"])): line for line in at["lines"]}
         self._scalars: list[tuple[int, str, float]] = [(round, tag, value) for round, tag, value in at["scalars"]]
         self._written: int | None = at["written"]
@@ -191,9 +261,15 @@ class Recorder:
 
     def position(self) -> dict[str, Any]:
         """Where the records stand, for a checkpoint."""
+        # what a checkpoint counts on is to last as long as it
+        for file in (self._metrics, self._timings):
+            with naming(file.name):
+                os.fsync(file.fileno())
+        if self._events is not None:
+            self._events.flush()
+        files = {name: _digest(self.out / f"{name}.jsonl") for name in RECORDS}
         return {
-            "metrics": self._metrics.tell(),
-            "timings": self._timings.tell(),
+            **files,
             "lines": [dict(line) for line in self._lines.values()],
             "scalars": list(self._scalars),
             "written": self._written,
@@ -203,11 +279,9 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with ExitStack() as closing:  # all of them, also where one cannot write its last lines
-            for file in (self._metrics, self._timings, self._events):
-                if file is not None:
-                    closing.enter_context(naming(file.name))
-                    closing.callback(file.close)
+        with self._opened as closing:  # all of them, also where one cannot write its last lines
+            if self._events is not None:
+                closing.callback(self._events.close)
             # not the events: an interruption may have come while TensorBoard was imported
             self._write_lines(sys.maxsize)
 
@@ -257,13 +331,14 @@ class Recorder:
         self._scalars += [(round, tag.replace("->", "_to_"), value) for tag, value in values.items()]
 
 
-def _open_at(path: Path, position: int) -> TextIO:
+@contextmanager
+def _open_at(path: Path, position: int) -> Iterator[TextIO]:
     """A file to be continued at a position, cut off there."""
     path.touch()
-    file = path.open("r+", encoding="utf-8")
-    file.seek(position)
-    file.truncate()
-    return file
+    with naming(path), path.open("r+", encoding="utf-8") as file:
+        file.seek(position)
+        file.truncate()
+        yield file
 
 
 def round_to(seconds: float) -> float:

@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from fedxmr import zero_shot_report
+from fedxmr.attendance import attendance
 from fedxmr.commands import say
 from fedxmr.config import Config
 from fedxmr.data import Dataset
@@ -37,7 +38,8 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         for entry in summary[kind]:
             say(f"{kind}: client {entry['client']} in round {entry['round']}: {entry['reason']}")
     if summary["test"]["selected"] is None:
-        say(f"{'evaluation was off' if config.evaluation.every == 0 else 'no round was selected'}\n{_costs(summary)}")
+        say("evaluation was off" if config.evaluation.every == 0 else "no round was selected")
+        _close(summary, out)
         return summary
     items = data.all_test if config.evaluation.on == "all-test" else data.test
     chosen = [k for k in panel(config) if (out / "clients" / str(k) / "selected.safetensors").is_file()]
@@ -54,7 +56,8 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
 
         first = chosen[0]
         draw(out, found, models[first].learner, scaled[first], data.classes, config.seed)
-    content = _retrieval(summary, found, across)  # written last: by it a resume sees that the report is complete
+    content = _retrieval(summary, found, across)
+    # written last: with it a run is over, and has nothing left to resume
     write_json(out / "retrieval.json", content if zero_shot is None else {**content, "zero_shot": zero_shot})
     _print(config, data, out, summary, across, found, zero_shot)
     return summary
@@ -100,6 +103,16 @@ def _print(
         say("note: all-test includes the validation rows that chose the round")
     for note in (*data.notes, *remarks(config, data)):
         say(f"note: {note}")
+    _close(summary, out)
+
+
+def _close(summary: Mapping[str, Any], out: Path) -> None:
+    """Who took part, and what it cost."""
+    lines = read_lines(out / "metrics.jsonl")
+    if not any("loss" in line for line in lines):
+        say("warning: no client trained in any round; the scores are those of the initial state")
+    for line in attendance(summary):
+        say(line)
     say(_costs(summary))
 
 

@@ -21,7 +21,7 @@ from fedxmr.models import Model
 from fedxmr.scaling import Moments, Scaler
 from fedxmr.seeding import generator
 from fedxmr.setting import Setting, owned_names
-from fedxmr.snapshot import Snapshot
+from fedxmr.snapshot import Owner, Snapshot
 from fedxmr.state import sha256, size
 from fedxmr.strategies import merge
 from fedxmr.timing import clock
@@ -51,6 +51,11 @@ class Client:
         self._before: State | None = None
         self._previous: Snapshot | None = None
 
+    @property
+    def owner(self) -> Owner:
+        """Whose its durable states are."""
+        return Owner(self.client, self._config.experiment)
+
     def register(self) -> Registration:
         """What the server may know of this client before the first round."""
         return Registration(
@@ -58,7 +63,7 @@ class Client:
             n=len(self._raw),
             class_counts=class_counts(self._raw),
             spec=self._setting.data.spec,
-            held=self._raw.modalities,
+            held={modality: len(self._raw.rows[modality]) for modality in self._raw.modalities},
             moments=self._moments(),
             versions={"fedxmr": __version__, "torch": str(torch.__version__), "flwr": version("flwr")},
             initial_sha256=self._setting.initial_sha256,
@@ -208,7 +213,8 @@ class Client:
         proximal = Proximal(strategy.mu, {name: task.shared[name] for name in own}) if strategy.mu and own else None
         with clock.part("fit"):
             rng = generator(self._config.seed, "joint", task.round, self.client)
-            fit = self.learner.fit(items, self._config.federation.epochs, rng, proximal)
+            with items.lent("the learner's fit"):
+                fit = self.learner.fit(items, self._config.federation.epochs, rng, proximal)
         if not fit.trained:
             return None, {}
         return (fit.loss_sum if strategy.loss == "sum" else fit.loss), self.learner.state(own)

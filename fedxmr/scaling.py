@@ -83,10 +83,10 @@ class Scaler:
     @classmethod
     def of(cls, moments: Mapping[str, Moments]) -> Scaler:
         """Zero mean and unit population variance; a constant feature is centred and left at that."""
-        deviation = {m: (x.centred / max(x.count, 1)).sqrt() for m, x in moments.items()}
+        deviation = {m: (x.centred / max(x.count, 1)).sqrt().float() for m, x in moments.items()}
         return cls(
             {m: x.mean.float() for m, x in moments.items()},
-            {m: torch.where(d > 0, d, 1.0).float() for m, d in deviation.items()},
+            {m: torch.where(d > 0, d, 1.0) for m, d in deviation.items()},
         )
 
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cached_property
-from itertools import chain
+from itertools import chain, permutations
 
 import torch
 
 from fedxmr.config import Config, LearnerConfig
 from fedxmr.data import Dataset
 from fedxmr.errors import InputError
-from fedxmr.evaluation import directions
-from fedxmr.learners import learner_class
+from fedxmr.learners import describe, learner_class, vet
 from fedxmr.machine import choose_device
 from fedxmr.scaling import Scaler, scale
 from fedxmr.seeding import generator
@@ -76,11 +76,19 @@ def check(config: Config, data: Dataset) -> None:
     zero_shot(config)
     try:
         # on the CPU: the process that checks may not be one that trains, and is to take no GPU memory
-        shared_names(config.strategy, build_learner(config.learner, data.spec, torch.device("cpu"), None))
-    except (RuntimeError, MemoryError, OverflowError) as error:
-        raise InputError(f"the learner cannot be built as configured: {str(error).splitlines()[0]}") from error
+        learner = build_learner(config.learner, data.spec, torch.device("cpu"), None)
+        vet(config.learner.name, learner, data.spec)
+        shared_names(config.strategy, learner)
+        remarks(config, data)
+    except InputError:
+        raise
+    except Exception as error:  # a learner from outside may raise anything
+        raise InputError(f"the learner cannot be built as configured: {describe(error)}") from error
     for name, items in (("validation", data.validation), ("test", data.test)):
-        for query, gallery in directions(items):
+        for query, gallery in permutations(data.spec.dims, 2):
+            for modality in (query, gallery):
+                if modality not in items.modalities:
+                    raise InputError(f"{data.name}: expected {name} items with {modality}, got none")
             there = items.labels[items.rows[gallery]].any(0)
             if not bool((items.labels[items.rows[query]] & there).any()):
                 raise InputError(
@@ -99,7 +107,7 @@ def own_device(config: Config) -> torch.device:
     return choose_device("auto" if config.runtime.ray_address else config.runtime.device)
 
 
-def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:
+def owned_names(shared: frozenset[str], learner: Learner, held: Collection[str]) -> frozenset[str]:
     """The shared names that a client holding these modalities trains: all but those of modalities it lacks."""
     lacking = (names for modality, names in learner.by_modality.items() if modality not in held)
     return shared - frozenset(chain.from_iterable(lacking))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +43,17 @@ def simulate(
     gpus_per_client: commands.GpusPerClient = None,
     ray_address: commands.RayAddress = None,
     tolerate_failures: Annotated[
-        bool | None, option("go on without a client that fails", "--tolerate-failures")
+        bool | None, option("go on without a client that fails, is late or is rejected", "--tolerate-failures")
+    ] = None,
+    dropout: Annotated[
+        float | None, option("chance that a client of a round is out of reach in it, from 0 to below 1, seeded")
+    ] = None,
+    deadline: Annotated[
+        float | None,
+        option(
+            "seconds a client has to answer a message, default 600; later it has failed. ray ends it then, local can "
+            "only wait for it and not count its answer"
+        ),
     ] = None,
     pictures: commands.Pictures = True,
     out: commands.Out = None,
@@ -63,6 +74,8 @@ def simulate(
         "federation.sample": sample,
         "federation.rounds": rounds,
         "federation.tolerate_failures": tolerate_failures,
+        "federation.dropout": dropout,
+        "federation.deadline": deadline,
         "partition.scheme": partition,
         "strategy.name": strategy,
         "learner.name": learner,
@@ -114,11 +127,11 @@ def run(
         engine = engines.choose(config.runtime)
         engine.check(config)
         out = resume or out or _free_folder(config)
-        ended = resume is not None and recording.reopen(out, config, parts)
+        ended = resume is not None and recording.reopen(out, config, data, parts)
         if not resume:
-            recording.prepare(out, config, parts, overwrite)
+            recording.prepare(out, config, data, parts, overwrite)
     say(f"{_headline(config)}, engine {engine}\nrun folder: {out}")
-    for remark in remarks(config, data):
+    for remark in (*remarks(config, data), *engine.remarks(config), *_foreseen(config)):
         say(f"warning: {remark}")
     run_config = {"config": config.to_yaml(), "out": str(out.resolve()), "resume": resume is not None}
     try:
@@ -133,13 +146,26 @@ def run(
         raise
 
 
+def _foreseen(config: Config) -> Iterator[str]:
+    """That the run will end early, as who drops out is known: it could not be resumed with another configuration."""
+    from fedxmr.participation import dropped, sampled, short_round
+
+    if round := short_round(config):
+        away, of = len(dropped(config, round)), len(sampled(config, round))
+        yield (
+            f"round {round} will end this run: with this dropout and seed {away} of {of} clients drop out of it, and "
+            f"{config.federation.quorum} are needed (federation.min_clients)"
+        )
+
+
 def _headline(config: Config) -> str:
     federation = config.federation
     who = f"{federation.clients} client{'s' if federation.clients > 1 else ''}"
     per_round = f", {federation.sample} per round" if federation.sample else ""
+    dropout = f", dropout {federation.dropout:g}" if federation.dropout else ""
     task = "" if config.dataset.task == "standard" else f", {config.dataset.task}"
     return (
-        f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round} "
+        f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round}{dropout} "
         f"({config.partition.scheme}), {federation.rounds} rounds, seed {config.seed}"
     )
 

@@ -14,6 +14,14 @@ from fedxmr.types import State
 
 
 @dataclass(frozen=True)
+class Owner:
+    """Whose a durable state is: a client, in one experiment."""
+
+    client: int
+    experiment: str
+
+
+@dataclass(frozen=True)
 class Snapshot:
     """What a client carries from message to message: a durable state is exactly this.
 
@@ -32,21 +40,22 @@ class Snapshot:
         """The memory it takes."""
         return size(self.learner) + size(self.before or {}) + sum(size(weights) for weights in self.kept.values())
 
-    def save(self, path: Path, client: int) -> None:
+    def save(self, path: Path, owner: Owner) -> None:
         """Write it as one file."""
         tensors = {**prefixed("learner", self.learner), **prefixed("scaler", self.scaler.to_state())}
         tensors |= prefixed("before", self.before or {})
         for round, weights in self.kept.items():
             tensors |= prefixed(f"kept/{round}", weights)
         waits = self.before is not None
-        save(path, tensors, {"client": client, "round": self.round, "waits": waits, "kept": list(self.kept)})
+        save(path, tensors, {**vars(owner), "round": self.round, "waits": waits, "kept": list(self.kept)})
 
     @classmethod
-    def load(cls, path: Path, client: int) -> Snapshot:
-        """What `save` wrote. Raises InputError for a damaged file or that of another client."""
+    def load(cls, path: Path, owner: Owner) -> Snapshot:
+        """What `save` wrote. Raises InputError for a damaged file or that of another client or experiment."""
         tensors, about = load(path)
-        if about.get("client") != client:
-            raise InputError(f"{path}: expected the state of client {client}, got that of {about.get('client')}")
+        for what, expected in vars(owner).items():
+            if about.get(what) != expected:
+                raise InputError(f"{path}: expected the state of {what} {expected}, got that of {about.get(what)}")
         return cls(
             round=about["round"],
             learner=under("learner", tensors),
@@ -66,21 +75,21 @@ class Store:
     whatever is newer than the state it goes on from is discarded.
     """
 
-    def __init__(self, folder: Path, client: int) -> None:
-        self._folder = folder / f"client-{client}"
-        self._client = client
+    def __init__(self, folder: Path, owner: Owner) -> None:
+        self._folder = folder / f"client-{owner.client}"
+        self._owner = owner
 
     def save(self, snapshot: Snapshot) -> None:
         """Add a state, the newest from now on."""
         self._discard_after(snapshot.round)
-        snapshot.save(self._file(snapshot.round), self._client)
+        snapshot.save(self._file(snapshot.round), self._owner)
         for round in self._rounds()[:-KEPT]:
             self._file(round).unlink(missing_ok=True)
 
     def load(self, round: int) -> Snapshot | None:
         """The state of a round, to go on from; None where there is none. Raises InputError for a damaged file."""
         self._discard_after(round)
-        return Snapshot.load(self._file(round), self._client) if round in self._rounds() else None
+        return Snapshot.load(self._file(round), self._owner) if round in self._rounds() else None
 
     def _discard_after(self, round: int) -> None:
         for newer in self._rounds():

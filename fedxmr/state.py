@@ -1,4 +1,7 @@
-"""States on disk: safetensors files, written whole or not at all, and refused when a bit has changed."""
+"""States on disk: safetensors files, written whole or not at all, and refused when a bit has changed.
+
+The header holds the SHA-256 of the whole file, taken with zeros in its own place: no byte can change unnoticed.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +21,9 @@ from torch import Tensor
 
 from fedxmr.errors import InputError
 from fedxmr.types import State
+
+_BLANK = "0" * 64
+_DIGEST = re.compile(rb'(?<="sha256":")[0-9a-f]{64}(?=")')  # within `about` every quote is escaped
 
 
 def sha256(state: Mapping[str, Tensor]) -> str:
@@ -35,7 +42,7 @@ def size(state: Mapping[str, Tensor]) -> int:
 
 
 def save(path: Path, state: State, about: Mapping[str, Any]) -> None:
-    """Write a state and JSON facts `about` it, atomically: a reader sees the old file or the new one.
+    """Write a state and JSON facts `about` it, atomically and durably: a reader sees the old file or the new one.
 
     Raises OSError where it cannot be written.
     """
@@ -43,13 +50,28 @@ def save(path: Path, state: State, about: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        text = json.dumps(dict(about))
-        save_file(tensors, temporary, {"about": text, "sha256": _checksum(state, text)})
+        save_file(tensors, temporary, {"about": json.dumps(dict(about)), "sha256": _BLANK})
+        with temporary.open("r+b") as file:
+            at, digest = _digest(file)
+            file.seek(at.start())
+            file.write(digest.encode())
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(path)
+        sync(path.parent)
     except SafetensorError as error:  # a full disk, say
         raise OSError(errno.EIO, f"cannot be written: {error}", str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sync(folder: Path) -> None:
+    """See that what was put into a folder, or renamed in it, survives a loss of power. Raises OSError."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def load(path: Path) -> tuple[State, dict[str, Any]]:
@@ -57,20 +79,33 @@ def load(path: Path) -> tuple[State, dict[str, Any]]:
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            header = file.metadata() or {}
+        with path.open("rb") as file:
+            found, digest = _digest(file)
+        if found[0].decode() != digest:
+            raise ValueError("its checksum does not match")
+        with safe_open(path, framework="pt") as opened:
+            about = json.loads(opened.metadata()["about"])
             # clones: torch's own aligned memory, since alignment can change the bits of what is computed from it
-            state = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-        about = json.loads(header["about"])
+            state = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise InputError(f"{path}: not a state of fedxmr's, or damaged: {error}") from error
-    if _checksum(state, header["about"]) != header.get("sha256"):
-        raise InputError(f"{path}: damaged: its checksum does not match")
     return state, about
 
 
-def _checksum(state: State, about: str) -> str:
-    return hashlib.sha256((sha256(state) + about).encode()).hexdigest()
+def _digest(file: BinaryIO) -> tuple[re.Match[bytes], str]:
+    """Where in a file its digest is written, and what it should be. Raises ValueError where none is written."""
+    file.seek(0)
+    length = file.read(8)
+    # the header follows its length, which may be damaged
+    header = file.read(min(int.from_bytes(length, "little"), os.fstat(file.fileno()).st_size))
+    start = length + header
+    found = _DIGEST.search(start)
+    if found is None:
+        raise ValueError("it has no checksum")
+    digest = hashlib.sha256(start[: found.start()] + _BLANK.encode() + start[found.end() :])
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return found, digest.hexdigest()
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor]) -> State:

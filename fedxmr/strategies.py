@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
-from fedxmr.errors import InputError, unknown
+from fedxmr.errors import FederationError, InputError, unknown
 from fedxmr.types import Learner, State
 
 Share = Literal["common", "trainable", "statistics", "nothing"]
@@ -135,12 +135,16 @@ def client_weights(config: StrategyConfig, contributions: Sequence[Contribution]
 def gompertz(n: Tensor, classes: Tensor, losses: Tensor, alpha: float, size_term: str = "printed") -> Tensor:
     """FedCMR's weights, eq. 3-5: softmax(S + alpha V) with V = exp(-exp(f / mean f)).
 
-    n, classes, losses: [K] float64; losses >= 0. Where every loss is 0, all count as equal to their mean.
-    Returns [K] float64, summing to one.
+    n, classes, losses: [K] float64; n > 0, losses >= 0 and finite. Where every loss is 0, all count as equal to their
+    mean; where nobody has a class, all as having the same number. Returns [K] float64, summing to one.
     """
+    if not classes.any():
+        classes = torch.ones_like(classes)
     size = n / n.sum() * classes / classes.sum()
     if size_term == "normalised":
         size = size / size.sum()
+    if torch.isinf(losses.sum()):  # their ratios are what counts
+        losses = losses / losses.max()
     mean = losses.mean()
     ratio = losses / mean if mean > 0 else torch.ones_like(losses)
     return torch.softmax(size + alpha * torch.exp(-torch.exp(ratio)), dim=0)
@@ -153,6 +157,7 @@ def combine(
 
     A row of a `by_class` name counts for the clients with an item of that class; a name or row nobody owns keeps its
     previous value. weights: [K], renormalised over the owners. Contributions must come in client order.
+    Raises FederationError where the result is not finite: a step beyond what the type can hold.
     """
     combined: State = {}
     for name, old in previous.items():
@@ -168,6 +173,8 @@ def combine(
         mean = total / _by_row(torch.where(owned, mass, 1.0), old)
         moved = mean if step == 1 else old + step * (mean - old)
         combined[name] = torch.where(_by_row(owned, old), moved, old.double()).to(old.dtype)
+        if not bool(torch.isfinite(combined[name]).all()):
+            raise FederationError(f"{name}: not finite when combined")
     return combined
 
 

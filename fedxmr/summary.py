@@ -12,6 +12,7 @@ from rich.table import Table
 from fedxmr.config import Config
 from fedxmr.evaluation import mean_scores
 from fedxmr.messages import Report, Scores
+from fedxmr.participation import dropped
 from fedxmr.selection import Scored, Selection
 from fedxmr.timing import clock
 
@@ -27,12 +28,17 @@ def summarise(
     engine: str,
     bytes: Mapping[str, int],
     participation: Mapping[str, list[int]],
+    abstained: Mapping[str, list[int]],
     rejected: list[dict[str, Any]],
     failed: list[dict[str, Any]],
     recovered: list[dict[str, Any]],
     shared_sha256: str,
 ) -> dict[str, Any]:
-    """The content of summary.json. With evaluation off, `selected` and `last` are null."""
+    """The content of summary.json. With evaluation off, `selected` and `last` are null.
+
+    participation: round -> the clients that were asked to train. Those out of reach are not among them, but `dropped`;
+    those that were asked in vain are, and `rejected` or `failed` as well.
+    """
     last = config.federation.rounds
     selected = {r.client: r.selected for r in reports if r.selected is not None}
     at_last = {r.client: r.last for r in reports if r.last is not None}
@@ -56,6 +62,8 @@ def summarise(
         "bytes": dict(bytes),
         "seconds": seconds(),
         "participation": dict(participation),
+        "abstained": dict(abstained),
+        "dropped": {str(round): away for round in range(1, last + 1) if (away := dropped(config, round))},
         "rejected": rejected,
         "failed": failed,
         "recovered": recovered,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Protocol
@@ -80,6 +81,18 @@ class Items:
                 rows[modality] = (row >= 0).nonzero().flatten()
                 features[modality] = x[row[rows[modality]]]
         return Items(features, rows, self.labels[index])
+
+    @contextmanager
+    def lent(self, to: str) -> Iterator[Items]:
+        """Themselves, for somebody who is to leave them as they are: RuntimeError naming `to` where a tensor changed.
+
+        Many clients share the items they are evaluated on, and every round trains on the same ones.
+        """
+        tensors = [t for t in (*self.features.values(), *self.rows.values(), self.labels) if not t.is_inference()]
+        before = [t._version for t in tensors]  # torch counts writes in place
+        yield self
+        if [t._version for t in tensors] != before:
+            raise RuntimeError(f"{to} changed the items that it was given")
 
     def to(self, device: torch.device | str) -> Items:
         """The same items on a device."""

@@ -1,6 +1,7 @@
 """The one codec between what fedxmr says (messages.py) and Flower's records.
 
-Arrays travel as their raw little-endian bytes: no pickle, no .npy header, one copy each way.
+Arrays travel as their raw little-endian bytes: no pickle, no .npy header, one copy each way. All else is JSON of
+exactly the keys and types written down here: 10.0, "10" and true are not 10, and what is not expected is refused.
 """
 
 from __future__ import annotations
@@ -8,16 +9,16 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Update
 from fedxmr.scaling import Moments, Scaler
-from fedxmr.state import under
 from fedxmr.types import DataSpec, State
 
 START, TRAIN, FINISH = "query.start", "train", "query.finish"
@@ -28,8 +29,75 @@ _RAW = "fedxmr.raw"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "int64": torch.int64, "bool": torch.bool}
 
 
+Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+"""What a tensor can hold."""
+
+_Scores = dict[str, float]
+"""Any numbers, also NaN: checks.py says which of them may count."""
+
+
 class WireError(ValueError):
     """A message that is not one of fedxmr's."""
+
+
+class _Facts(BaseModel):
+    """What a message says besides its arrays."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+
+
+class _Registration(_Facts):
+    client: Integer
+    n: Integer
+    dims: dict[str, Integer]
+    num_classes: Integer
+    held: dict[str, Integer]
+    moments: tuple[str, ...]
+    versions: dict[str, str]
+    initial_sha256: str
+
+
+class _Task(_Facts):
+    round: Integer
+    client: Integer
+    base: Integer
+    fit: bool
+    keep: bool
+    evaluate: bool
+    leader: Integer
+
+
+class _Update(_Facts):
+    round: Integer
+    client: Integer
+    n: Integer
+    class_counts: list[Integer]
+    loss: float | None
+    validation: _Scores | None
+    test: _Scores | None
+    seconds: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
+
+
+class _Farewell(_Facts):
+    client: Integer
+    base: Integer
+    selected: Integer
+    last: Integer
+    evaluate: bool
+
+
+class _Report(_Facts):
+    client: Integer
+    selected: _Scores | None
+    last: _Scores | None
+    state_sha256: str
+
+
+class _Checkpoint(_Facts):
+    client: Integer
+    base: Integer
+    file: Annotated[str, Field(pattern=r"^checkpoint/\.?round-\d+/client-\d+\.safetensors$")]
+    """Nowhere else: a client writes and reads what it is told to."""
 
 
 def pack_start() -> RecordDict:
@@ -52,8 +120,8 @@ def pack_registration(r: Registration) -> RecordDict:
         "n": r.n,
         "dims": dict(r.spec.dims),
         "num_classes": r.spec.num_classes,
-        "held": list(r.held),
-        "counts": {modality: moments.count for modality, moments in r.moments.items()},
+        "held": dict(r.held),
+        "moments": list(r.moments),
         "versions": dict(r.versions),
         "initial_sha256": r.initial_sha256,
     }
@@ -62,36 +130,29 @@ def pack_registration(r: Registration) -> RecordDict:
 
 def unpack_registration(content: RecordDict) -> Registration:
     """The registration in a message. Raises WireError."""
-    facts, arrays = _unpack(content)
-    mean, centred = under("mean", arrays), under("centred", arrays)
+    facts, arrays = _unpack(content, "a registration", _Registration)
     try:
-        return Registration(
-            client=int(facts["client"]),
-            n=int(facts["n"]),
-            class_counts=arrays["class_counts"],
-            spec=DataSpec(facts["dims"], int(facts["num_classes"]), arrays.get("class_vectors"), arrays.get("seen")),
-            held=tuple(facts["held"]),
-            moments={m: Moments(int(count), mean[m], centred[m]) for m, count in facts["counts"].items()},
-            versions=facts["versions"],
-            initial_sha256=str(facts["initial_sha256"]),
+        registration = Registration(
+            client=facts.client,
+            n=facts.n,
+            class_counts=arrays.pop("class_counts"),
+            spec=DataSpec(facts.dims, facts.num_classes, arrays.pop("class_vectors", None), arrays.pop("seen", None)),
+            held=facts.held,
+            moments={
+                m: Moments(facts.held[m], arrays.pop(f"mean/{m}"), arrays.pop(f"centred/{m}")) for m in facts.moments
+            },
+            versions=facts.versions,
+            initial_sha256=facts.initial_sha256,
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise WireError(f"not a registration: {error!r}") from error
+    except KeyError as error:
+        raise WireError(f"not a registration: lacks {error}") from error
+    _expect_none(arrays, "a registration")
+    return registration
 
 
 def pack_task(task: Task, shared: ArrayRecord | None = None) -> RecordDict:
     """A task; `shared` is `pack_arrays(task.shared)` where several tasks carry the same arrays."""
-    facts = {
-        "round": task.round,
-        "client": task.client,
-        "base": task.base,
-        "fit": task.fit,
-        "keep": task.keep,
-        "evaluate": task.evaluate,
-        "leader": task.leader,
-        "scaled": task.scaler is not None,
-    }
-    content = _pack(facts, {})
+    content = _pack({name: getattr(task, name) for name in _Task.model_fields}, {})
     content["shared"] = shared if shared is not None else pack_arrays(task.shared)
     if task.scaler is not None:
         content["scaler"] = pack_arrays(task.scaler.to_state())
@@ -100,13 +161,13 @@ def pack_task(task: Task, shared: ArrayRecord | None = None) -> RecordDict:
 
 def unpack_task(content: RecordDict) -> Task:
     """The task in a message. Raises WireError."""
-    facts, _ = _unpack(content)
-    scaled = facts.pop("scaled", False)
-    try:
-        scaler = Scaler.from_state(unpack_arrays(content.array_records["scaler"])) if scaled else None
-        return Task(shared=unpack_arrays(content.array_records["shared"]), scaler=scaler, **facts)
-    except (KeyError, TypeError) as error:
-        raise WireError(f"not a task: {error!r}") from error
+    records = content.array_records
+    if "shared" not in records:
+        raise WireError("not a task: lacks shared")
+    facts, arrays = _unpack(content, "a task", _Task, "shared", "scaler")
+    _expect_none(arrays, "a task")
+    scaler = Scaler.from_state(unpack_arrays(records["scaler"])) if "scaler" in records else None
+    return Task(**dict(facts), shared=unpack_arrays(records["shared"]), scaler=scaler)
 
 
 def pack_update(update: Update) -> RecordDict:
@@ -126,65 +187,39 @@ def pack_update(update: Update) -> RecordDict:
 
 def unpack_update(content: RecordDict) -> Update:
     """The update in a message. Raises WireError."""
-    facts, arrays = _unpack(content)
-    try:
-        return Update(
-            round=int(facts["round"]),
-            client=int(facts["client"]),
-            n=int(facts["n"]),
-            class_counts=torch.tensor(facts["class_counts"], dtype=torch.int64),
-            loss=None if facts["loss"] is None else float(facts["loss"]),
-            shared=arrays,
-            validation=_scores(facts["validation"]),
-            test=_scores(facts["test"]),
-            seconds={part: float(seconds) for part, seconds in facts["seconds"].items()},
-        )
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise WireError(f"not an update: {error!r}") from error
+    facts, arrays = _unpack(content, "an update", _Update)
+    counts = torch.tensor(facts.class_counts, dtype=torch.int64)
+    return Update(**{**dict(facts), "class_counts": counts}, shared=arrays)
 
 
 def pack_farewell(farewell: Farewell) -> RecordDict:
     """The end of a run."""
-    return _pack(dict(vars(farewell)), {})
+    return _pack(vars(farewell), {})
 
 
 def unpack_farewell(content: RecordDict) -> Farewell:
     """The farewell in a message. Raises WireError."""
-    facts, _ = _unpack(content)
-    try:
-        return Farewell(**facts)
-    except TypeError as error:
-        raise WireError(f"not a farewell: {error!r}") from error
+    return Farewell(**_unpack_facts(content, "a farewell", _Farewell))
 
 
 def pack_report(report: Report) -> RecordDict:
     """A client's last word."""
-    return _pack(dict(vars(report)), {})
+    return _pack(vars(report), {})
 
 
 def unpack_report(content: RecordDict) -> Report:
     """The report in a message. Raises WireError."""
-    facts, _ = _unpack(content)
-    try:
-        return Report(
-            int(facts["client"]), _scores(facts["selected"]), _scores(facts["last"]), str(facts["state_sha256"])
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise WireError(f"not a report: {error!r}") from error
+    return Report(**_unpack_facts(content, "a report", _Report))
 
 
 def pack_checkpoint(checkpoint: Checkpoint) -> RecordDict:
     """Where a client's state goes or comes from; the answer is the same content."""
-    return _pack(dict(vars(checkpoint)), {})
+    return _pack(vars(checkpoint), {})
 
 
 def unpack_checkpoint(content: RecordDict) -> Checkpoint:
     """The checkpoint in a message. Raises WireError."""
-    facts, _ = _unpack(content)
-    try:
-        return Checkpoint(**facts)
-    except TypeError as error:
-        raise WireError(f"not a checkpoint: {error!r}") from error
+    return Checkpoint(**_unpack_facts(content, "a checkpoint", _Checkpoint))
 
 
 def pack_arrays(state: State) -> ArrayRecord:
@@ -213,13 +248,15 @@ def _tensor(name: str, array: Array) -> Tensor:
     if len(array.data) != size:
         raise WireError(f"{name}: expected {size} bytes for {list(shape)}, got {len(array.data)}")
     # torch's own memory: alignment can change the bits of what is computed from a tensor
-    tensor = torch.empty(shape, dtype=dtype)
-    tensor.reshape(-1).view(torch.uint8).numpy()[:] = np.frombuffer(array.data, np.uint8)
+    try:
+        tensor = torch.empty(shape, dtype=dtype)
+    except (RuntimeError, TypeError, OverflowError) as error:  # nothing at all, of absurd sizes
+        raise WireError(f"{name}: no tensor has the shape {list(shape)}") from error
+    data = np.frombuffer(array.data, np.uint8)
+    if dtype == torch.bool and bool((data > 1).any()):
+        raise WireError(f"{name}: expected bytes of 0 and 1 for bool, got {data.max()}")
+    tensor.reshape(-1).view(torch.uint8).numpy()[:] = data
     return tensor
-
-
-def _scores(scores: Any) -> dict[str, float] | None:
-    return None if scores is None else {str(direction): float(score) for direction, score in scores.items()}
 
 
 def _pack(facts: Mapping[str, Any], arrays: State) -> RecordDict:
@@ -229,12 +266,39 @@ def _pack(facts: Mapping[str, Any], arrays: State) -> RecordDict:
     return content
 
 
-def _unpack(content: RecordDict) -> tuple[dict[str, Any], State]:
+F = TypeVar("F", bound=_Facts)
+
+
+def _unpack(content: RecordDict, what: str, model: type[F], *others: str) -> tuple[F, State]:
+    """The facts and the arrays of a message. others: the records that it may have besides."""
+    if strange := sorted(set(content) - {"facts", "arrays", *others}):
+        raise WireError(f"not {what}: brings {', '.join(strange)}")
     try:
-        facts = json.loads(str(content.config_records["facts"]["json"]))
-    except (KeyError, ValueError) as error:
-        raise WireError(f"not a message of fedxmr's: {error!r}") from error
-    if not isinstance(facts, dict):
-        raise WireError(f"not a message of fedxmr's: {type(facts).__name__} for facts")
+        text = content.config_records["facts"]["json"]
+        facts = model.model_validate_json(text if isinstance(text, str) else "")
+    except KeyError as error:
+        raise WireError(f"not {what}: lacks {error}") from error
+    except ValidationError as error:
+        raise WireError(f"not {what}: {_complaint(error)}") from error
     record = content.array_records.get("arrays")
     return facts, unpack_arrays(record) if record is not None else {}
+
+
+def _unpack_facts(content: RecordDict, what: str, model: type[_Facts]) -> dict[str, Any]:
+    """The facts of a message without arrays."""
+    facts, arrays = _unpack(content, what, model)
+    _expect_none(arrays, what)
+    return dict(facts)
+
+
+def _expect_none(arrays: State, what: str) -> None:
+    if arrays:
+        raise WireError(f"not {what}: brings {', '.join(sorted(arrays))}")
+
+
+def _complaint(error: ValidationError) -> str:
+    """The first of pydantic's complaints in one line."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    message = first["msg"][:1].lower() + first["msg"][1:]
+    return f"{where}: {message}, got {first['input']!r:.60}" if where else message

@@ -29,6 +29,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from statistics import fmean, stdev
 from typing import Literal
 
@@ -169,11 +170,13 @@ def protocol(data: Dataset, task: str, on: Literal["test", "all-test"], seed: in
     test = data.all_test if on == "all-test" else data.test
     of = subsets(data.train.labels, test.labels, seen)
     tasks = {name: task_items(name, of, test.labels, generator(seed, "halves")) for name in MEASURED[task]}
+    none = seen.new_zeros(1, len(seen))
     for name, ranked in tasks.items():
         asked = judged(data.train, test, ranked)
         if not asked:
             raise InputError(f"{data.name}: expected items for the zero-shot task {name!r}, got none")
-        for direction, (queries, gallery) in asked.items():
+        for direction in permutations(data.spec.dims, 2):
+            queries, gallery = asked.get(direction, (none, none))
             if not bool((queries.any(0) & gallery.any(0)).any()):
                 raise InputError(f"{data.name}: expected a class of {name} items in both of {key(direction)}, got none")
     return Protocol(data.train, test, tasks)

@@ -50,13 +50,13 @@ def prepare(config: Config, out: Path) -> Dataset:
     data = sources.dataset(config)
     parts = sources.parts(config)
     check(config, data)
-    recording.prepare(out, config, parts, overwrite=False)
+    recording.prepare(out, config, data, parts, overwrite=False)
     return data
 
 
 def federate(config: Config, out: Path, nodes: Nodes, *, resume: bool = False) -> None:
     """The whole run, in as many goes as it takes. resume: from the newest checkpoint."""
-    standing = Standing.newest(out) if resume else Standing()
+    standing = Standing.newest(out, config.experiment) if resume else Standing()
     recovery = Recovery(config.federation)
     with Progress(config, nodes.activity) as progress:
         while True:
@@ -65,7 +65,7 @@ def federate(config: Config, out: Path, nodes: Nodes, *, resume: bool = False) -
                     Federation(config, nodes, recorder, progress, standing, recovery).run()
             except StateLost as lost:
                 recovery.learn(lost)
-                standing = go_back(out, lost, standing)
+                standing = go_back(out, config.experiment, lost, standing)
                 progress.say(f"states lost in {_when(lost)}: {lost}; going on from {_after(standing.round)}")
             else:
                 return

@@ -6,19 +6,19 @@ the last merge and enhancement. Nothing counts before it is checked, and every f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import fmean
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
-from flwr.app import Message
+from flwr.app import RecordDict
 
 from fedxmr import checkpoint, state, wire
-from fedxmr.checks import check_registrations, find_fault
+from fedxmr.checks import check_initial_state, check_registrations, find_fault, find_report_fault
 from fedxmr.config import Config
-from fedxmr.errors import FederationError
+from fedxmr.errors import FederationError, in_one_line
 from fedxmr.evaluation import mean_scores
 from fedxmr.messages import Checkpoint, Farewell, Registration, Report, Task, Update
-from fedxmr.participation import evaluated, panel, sampled
+from fedxmr.participation import dropped, evaluated, panel, sampled
 from fedxmr.progress import Progress
 from fedxmr.recording import Recorder, write_json
 from fedxmr.scaling import Scaler, combine_moments
@@ -27,9 +27,11 @@ from fedxmr.strategies import Contribution, client_weights, combine, shared_name
 from fedxmr.summary import summarise
 from fedxmr.timing import clock
 from fedxmr.types import State
-from server.nodes import Nodes
+from server.nodes import Nodes, Reply
 from server.recovery import Recovery
 from server.standing import Incident, Standing
+
+Said = TypeVar("Said")
 
 
 class Federation:
@@ -74,12 +76,13 @@ class Federation:
         """Ask every node who it is; agree on the initial state and the standardisation; go back to a checkpoint."""
         config, resumed = self._config, self._standing.round > 0
         registrations = self._nodes.register()
+        check_registrations(registrations, config.federation.clients)
         spec = registrations[0].spec
         learner = build_learner(config.learner, spec, torch.device("cpu"), None)
         names = shared_names(config.strategy, learner)
         initial = initial_state(config, spec)
         shared = {name: initial[name] for name in sorted(names)}
-        check_registrations(registrations, config.federation.clients, state.sha256(shared))
+        check_initial_state(registrations, state.sha256(shared))
         self._by_class = learner.by_class
         for r in registrations:
             self._registered[r.client] = r
@@ -94,20 +97,24 @@ class Federation:
             self._progress.start_at(0)
 
     def _round(self, round: int) -> None:
-        """One round: a task for every sampled client, and their updates combined into W_t."""
+        """One round: a task for every sampled client that is in reach, and their updates combined into W_t."""
         standing, strategy = self._standing, self._config.strategy
-        chosen = sampled(self._config, round)
+        away = dropped(self._config, round)
+        chosen = [k for k in sampled(self._config, round) if k not in away]
         standing.participation[str(round)] = chosen
         stood = [update for update in self._exchange(round, chosen, fit=True) if update.client in chosen]
         quorum = self._config.federation.quorum
         if len(stood) < quorum:
-            raise FederationError(f"round {round}: {len(stood)} good updates, expected at least {quorum}")
+            why = f"; {len(away)} of {len(away) + len(chosen)} clients dropped out" if away else ""
+            raise FederationError(f"round {round}: {len(stood)} good updates, expected at least {quorum}{why}")
         with clock.part("aggregation"):
             contributions = [
                 Contribution(u.client, u.n, u.class_counts, u.loss, u.shared) for u in stood if u.loss is not None
             ]
             weights = client_weights(strategy, contributions)
             standing.shared = combine(standing.shared, contributions, weights, self._by_class, strategy.server_step)
+        if abstained := [u.client for u in stood if u.loss is None]:
+            standing.abstained[str(round)] = abstained
         standing.round = round
         self._record(round, contributions, weights.tolist())
 
@@ -154,32 +161,42 @@ class Federation:
         scaler = self._scaler if base == 0 else None
         return Task(round, client, base, standing.shared, fit, keep, evaluate, standing.selection.round, scaler)
 
-    def _accept(self, task: Task, reply: Message | None) -> Update | None:
-        """The update in a reply, if it may count. A failure or a rejection is noted, and ends a strict run."""
-        if reply is None or reply.has_error():
-            self._fail(wire.TRAIN, task.round, task.client, reply)
+    def _accept(self, task: Task, reply: Reply | None) -> Update | None:
+        """The update in a reply, if it may count; else that is noted."""
+        update = self._read(wire.TRAIN, task.round, task.client, reply, wire.unpack_update)
+        if update is None:
             return None
-        try:
-            update = wire.unpack_update(reply.content)
-            self._count("up", task, update.shared)
-            fault = find_fault(update, task, self._registered[task.client], self._expected[task.client])
-        except wire.WireError as error:
-            fault = str(error)
-        if fault is not None:
-            self._note(self._standing.rejected, task.round, task.client, "was rejected", fault)
+        self._count("up", task, update.shared)
+        own, paper = self._expected[task.client], self._config.evaluation.protocol == "paper"
+        if fault := find_fault(update, task, self._registered[task.client], own, test=paper):
+            self._reject(task.round, task.client, fault)
             return None
         self._recorder.time(task.round, task.client, update.seconds)
         return update
 
-    def _fail(self, kind: str, round: int, client: int, reply: Message | None) -> None:
-        if reply is None:
-            late = f"no answer within {self._config.federation.deadline:g} s"
-            reason = self._recovery.given_up(kind, round, client) or late
-        else:
-            reason = str(reply.error.reason)
-        self._note(self._standing.failed, round, client, "failed", reason)
+    def _read(
+        self, kind: str, round: int, client: int, reply: Reply | None, unpack: Callable[[RecordDict], Said]
+    ) -> Said | None:
+        """What a reply says; None, and that is noted, where it says nothing or not what it should.
+
+        reply: None of a client that was not asked again.
+        """
+        reply = reply or Reply(failed=self._recovery.given_up(kind, round, client))
+        if reply.failed is not None:
+            self._note(self._standing.failed, round, client, "failed", reply.failed)
+            return None
+        try:
+            return reply.read(unpack)
+        except wire.WireError as error:
+            self._reject(round, client, str(error))
+            return None
+
+    def _reject(self, round: int, client: int, fault: str) -> None:
+        self._note(self._standing.rejected, round, client, "was rejected", fault)
 
     def _note(self, incidents: list[Incident], round: int, client: int, what: str, reason: str) -> None:
+        """Note a failure or a rejection. Raises FederationError where one ends the run."""
+        reason = in_one_line(reason)
         incidents.append({"round": round, "client": client, "reason": reason})
         line = f"client {client} {what} in round {round}: {reason}"
         if not self._config.federation.tolerate_failures:
@@ -221,13 +238,15 @@ class Federation:
             if client in self._panel:
                 self._recorder.scalars(round, {f"loss/client {client}": loss, f"weight/client {client}": weight})
         seconds = clock.seconds()
+        self._recorder.scalars(round, {"clients/took part": len(contributions)})
         self._recorder.scalars(round, {f"bytes/{way}": size for way, size in self._standing.bytes.items()})
         self._recorder.scalars(round, {f"seconds/{part}": spent for part, spent in seconds.items()})
         self._recorder.scalars(
             round, {f"busy/worker {w}": spent for w, spent in self._nodes.activity.take_busy().items()}
         )
         self._recorder.time(round, None, seconds)
-        self._progress.trained(round, fmean(c.loss for c in contributions) if contributions else None)
+        losses = [contribution.loss for contribution in contributions]
+        self._progress.trained(round, sum(losses) / len(losses) if losses else None)
 
     def _checkpoint(self) -> None:
         """Write the server's standing and every client's state; a client that did nothing since the last is linked."""
@@ -238,7 +257,7 @@ class Federation:
             changed = [k for k in everyone if k in self._panel or standing.base[k] > before]
             self._ask_for_states(wire.CHECKPOINT, checkpoint.begin(out, standing.round), changed)
             unchanged = sorted(set(everyone) - set(changed))
-            facts = standing.facts(self._recorder.position())
+            facts = {**standing.facts(self._recorder.position()), "experiment": self._config.experiment}
             checkpoint.complete(out, standing.round, standing.tensors(), facts, unchanged, before)
 
     def _ask_for_states(self, kind: str, folder: str, clients: Sequence[int]) -> None:
@@ -246,8 +265,7 @@ class Federation:
         asked = {
             k: Checkpoint(k, self._standing.base.get(k, 0), f"{folder}/{checkpoint.client_file(k)}") for k in clients
         }
-        contents = {k: wire.pack_checkpoint(checkpoint) for k, checkpoint in asked.items()}
-        self._nodes.ask(kind, contents, self._standing.round)
+        self._nodes.ask(kind, asked, self._standing.round)
 
     def _finish(self, last: int) -> None:
         """Tell every client which round was selected, gather the test scores, and write what the server holds."""
@@ -264,6 +282,7 @@ class Federation:
             engine=self._nodes.engine,
             bytes=standing.bytes,
             participation=standing.participation,
+            abstained=standing.abstained,
             rejected=standing.rejected,
             failed=standing.failed,
             recovered=standing.recovered,
@@ -284,13 +303,17 @@ class Federation:
             if self._recovery.given_up(wire.FINISH, last + 1, k) is None
         }
         replies = self._nodes.exchange(wire.FINISH, contents, last + 1)
+        scored = self._standing.selection.selected
         reports = []
-        for client in farewells:
-            reply = replies.get(client)
-            if reply is None or reply.has_error():
-                self._fail(wire.FINISH, last + 1, client, reply)
+        for client, farewell in farewells.items():
+            report = self._read(wire.FINISH, last + 1, client, replies.get(client), wire.unpack_report)
+            if report is None:
+                continue
+            measured = scored is not None and client in scored.validation
+            if fault := find_report_fault(report, farewell, self._registered[client], measured):
+                self._reject(last + 1, client, f"final report: {fault}")
             else:
-                reports.append(wire.unpack_report(reply.content))
+                reports.append(report)
         if not reports:
             raise FederationError("no client gave its final model")
         return reports

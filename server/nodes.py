@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -11,11 +13,28 @@ from flwr.serverapp import Grid
 from fedxmr import wire
 from fedxmr.activity import Activity
 from fedxmr.config import FederationConfig
-from fedxmr.errors import FederationError
-from fedxmr.messages import Registration
+from fedxmr.errors import FederationError, in_one_line
+from fedxmr.messages import Checkpoint, Registration
+
+Said = TypeVar("Said")
 
 FLOWER = "flower"
 """The engine's name where Flower's own runtime carries the messages."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What came back for one message: what was said; or why nothing was (`failed`), or why it is none (`fault`)."""
+
+    content: RecordDict = field(default_factory=RecordDict)
+    failed: str | None = None
+    fault: str | None = None
+
+    def read(self, unpack: Callable[[RecordDict], Said]) -> Said:
+        """What was said. Raises WireError with the reason where that was nothing, or nothing of use."""
+        if why := self.failed or self.fault:
+            raise wire.WireError(why)
+        return unpack(self.content)
 
 
 class Nodes:
@@ -33,37 +52,47 @@ class Nodes:
 
     def register(self) -> list[Registration]:
         """Ask every node who it is; the registrations by client. Raises FederationError where one does not say."""
-        nodes = self._wait()
-        messages = [Message(wire.pack_start(), node, wire.START, group_id="0") for node in nodes]
+        contents = {node: wire.pack_start() for node in self._wait()}
         registrations = []
-        for reply in self._grid.send_and_receive(messages, timeout=self._config.start_deadline):
-            if reply.has_error():
-                raise FederationError(f"a client failed at the start: {reply.error.reason}")
-            registration = wire.unpack_registration(reply.content)
+        for node, reply in self._send(wire.START, contents, 0, self._config.start_deadline).items():
+            try:
+                registration = reply.read(wire.unpack_registration)
+            except wire.WireError as error:
+                why = in_one_line(str(error))
+                raise FederationError(f"a client failed at the start: {why} (node {node})") from error
             registrations.append(registration)
-            self._node_of[registration.client] = reply.metadata.src_node_id
-        if silent := len(nodes) - len(registrations):
-            raise FederationError(f"{silent} of {len(nodes)} clients did not answer the start query in time")
+            self._node_of[registration.client] = node
         return sorted(registrations, key=lambda r: r.client)
 
-    def exchange(self, kind: str, contents: Mapping[int, RecordDict], round: int) -> dict[int, Message]:
-        """Send each client its content and return the replies by client; one that did not answer in time is missing."""
-        messages = [
-            Message(content, self._node_of[client], kind, group_id=str(round)) for client, content in contents.items()
-        ]
-        client_on = {node: client for client, node in self._node_of.items()}
-        replies = self._grid.send_and_receive(messages, timeout=self._config.deadline)
-        return {client_on[reply.metadata.src_node_id]: reply for reply in replies}
+    def exchange(self, kind: str, contents: Mapping[int, RecordDict], round: int) -> dict[int, Reply]:
+        """Send each client its content and return what came back, by client, for every one of them."""
+        by_node = {self._node_of[client]: content for client, content in contents.items()}
+        replies = self._send(kind, by_node, round, self._config.deadline)
+        return {client: replies[self._node_of[client]] for client in contents}
 
-    def ask(self, kind: str, contents: Mapping[int, RecordDict], round: int) -> dict[int, RecordDict]:
-        """An exchange in which everybody must answer, by client. Raises FederationError naming who did not."""
-        replies = self.exchange(kind, contents, round)
-        for client in sorted(contents):
-            if client not in replies:
-                raise FederationError(f"client {client} did not answer {kind} within {self._config.deadline:g} s")
-            if replies[client].has_error():
-                raise FederationError(f"client {client} failed at {kind}: {replies[client].error.reason}")
-        return {client: replies[client].content for client in sorted(contents)}
+    def ask(self, kind: str, asked: Mapping[int, Checkpoint], round: int) -> None:
+        """Have clients write or read a state. Raises FederationError naming one that does not say it has done that."""
+        contents = {client: wire.pack_checkpoint(checkpoint) for client, checkpoint in asked.items()}
+        for client, reply in sorted(self.exchange(kind, contents, round).items()):
+            try:
+                if (said := reply.read(wire.unpack_checkpoint)) != asked[client]:
+                    raise wire.WireError(f"expected {asked[client]}, got {said}")
+            except wire.WireError as error:
+                raise FederationError(f"client {client} failed at {kind}: {in_one_line(str(error))}") from error
+
+    def _send(self, kind: str, contents: Mapping[int, RecordDict], round: int, deadline: float) -> dict[int, Reply]:
+        """An exchange by node. Every reply belongs to the message it answers, whatever it says of itself."""
+        messages = {node: Message(content, node, kind, group_id=str(round)) for node, content in contents.items()}
+        came: dict[int, list[Message]] = {node: [] for node in messages}
+        replies = self._grid.send_and_receive(list(messages.values()), timeout=deadline)
+        asked = {message.metadata.message_id: node for node, message in messages.items()}  # which sending has numbered
+        for reply in replies:
+            about = reply.metadata
+            node = asked.get(about.reply_to_message_id, about.src_node_id)
+            if node not in came:
+                raise FederationError(f"node {node} answered {kind} of round {round}, which it was not asked")
+            came[node].append(reply)
+        return {node: _reply(messages[node], came[node], deadline) for node in messages}
 
     def _wait(self) -> list[int]:
         deadline = time.monotonic() + self._config.start_deadline
@@ -72,3 +101,20 @@ class Nodes:
                 raise FederationError(f"expected {self._config.clients} clients, {len(nodes)} were there in time")
             time.sleep(0.1)
         return nodes
+
+
+def _reply(message: Message, came: list[Message], deadline: float) -> Reply:
+    """What to make of all that came for a message."""
+    if not came:
+        return Reply(failed=f"no answer within {deadline:g} s")
+    if len(came) > 1:
+        return Reply(fault=f"answered {len(came)} times")
+    (reply,) = came
+    about = reply.metadata
+    if about.reply_to_message_id != message.metadata.message_id:
+        return Reply(fault="answers another message than the one it was sent")
+    if reply.has_error():  # perhaps Flower's own, of which the server itself is the source
+        return Reply(failed=str(reply.error.reason))
+    if about.src_node_id != message.metadata.dst_node_id:
+        return Reply(fault=f"the answer came from node {about.src_node_id}")
+    return Reply(reply.content)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from fedxmr import checkpoint, wire
+from fedxmr import wire
 from fedxmr.config import FederationConfig
 from fedxmr.errors import FederationError, StateLost
 from server.standing import Standing
@@ -68,8 +68,8 @@ class Recovery:
         self._given_up[lost.kind, lost.round, client] = reason
 
 
-def go_back(out: Path, lost: StateLost, standing: Standing) -> Standing:
+def go_back(out: Path, experiment: str, lost: StateLost, standing: Standing) -> Standing:
     """The standing to go on from: the last checkpoint's, or a new one where there is none yet."""
-    earlier = Standing.newest(out) if checkpoint.rounds(out) else Standing()
+    earlier = Standing.newest(out, experiment)
     earlier.recovered = [*standing.recovered, {"round": lost.round, "to": earlier.round, "reason": str(lost)}]
     return earlier

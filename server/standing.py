@@ -31,6 +31,7 @@ class Standing:
     selection: Selection = field(default_factory=Selection)
     bytes: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
     participation: dict[str, list[int]] = field(default_factory=dict)
+    abstained: dict[str, list[int]] = field(default_factory=dict)
     rejected: list[Incident] = field(default_factory=list)
     failed: list[Incident] = field(default_factory=list)
     recovered: list[Incident] = field(default_factory=list)
@@ -48,6 +49,7 @@ class Standing:
             "selection": self.selection.to_json(),
             "bytes": self.bytes,
             "participation": self.participation,
+            "abstained": self.abstained,
             "rejected": self.rejected,
             "failed": self.failed,
             "recovered": self.recovered,
@@ -55,9 +57,15 @@ class Standing:
         }
 
     @classmethod
-    def newest(cls, out: Path) -> Standing:
-        """That of the newest checkpoint in a run folder. Raises InputError where there is none or it is damaged."""
-        tensors, facts = checkpoint.newest(out)
+    def newest(cls, out: Path, experiment: str) -> Standing:
+        """That of the newest checkpoint in a run folder, or a new one where there is none yet.
+
+        Raises InputError where the checkpoint is damaged or of another experiment.
+        """
+        if not checkpoint.rounds(out):
+            return cls()
+        tensors, facts = checkpoint.newest(out, experiment)
+        del facts["experiment"]
         facts["base"] = {int(client): round for client, round in facts["base"].items()}
         facts["selection"] = Selection.from_json(facts["selection"])
         return cls(shared=under("shared", tensors), selected_shared=under("selected", tensors), **facts)

@@ -169,11 +169,10 @@ def run_scenario(scenario: Scenario, folder: Path, whole: Path) -> dict[str, Any
     seen: dict[str, Any] = {"first": forked(folder / "first", harmed), "out": str(out)}
     subprocess.run(["umount", str(out / "checkpoint")], check=False, capture_output=True)
     seen["left"] = sorted(str(path.relative_to(disk)) for path in out.rglob("*"))
-    begun = checkpoint.rounds(out) or (out / "summary.json").exists()
-    again = [*anew, *(["--overwrite"] if out.exists() else [])]
-    if begun:
+    again = anew
+    if out.exists():
         again = ["--resume", str(out), *(a for a in scenario.arguments if a == "--no-pictures")]
-    if begun and (disk / "ballast").exists():  # with the disk still full: that must not cost anything
+    if out.exists() and (disk / "ballast").exists():  # with the disk still full: that must not cost anything
         seen["still full"] = forked(folder / "still", lambda: commands.run(simulate, again))
     mount("-o", "remount,size=40m", str(disk))
     seen["second"] = forked(folder / "second", lambda: commands.run(simulate, again))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from fedxmr.types import DataSpec, Items
+from fedxmr import state
+from fedxmr.types import DataSpec, Items, State
 
 Scaling = Literal["standardise", "norm", "none"]
 """How a run scales a modality: zero mean and unit variance per column, rows scaled to L2 norm 10, or as they are."""
@@ -42,6 +43,16 @@ class Dataset:
     scaling: Mapping[str, Scaling]
     notes: tuple[str, ...] = ()
     column_class: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def sha256(self) -> str:
+        """A digest of all items, by which a resumed run sees that its data are still the same."""
+        tensors: State = {}
+        for part in ("train", "validation", "test", "all_test"):
+            items: Items = getattr(self, part)
+            tensors |= state.prefixed(f"{part}/features", items.features) | state.prefixed(f"{part}/rows", items.rows)
+            tensors[f"{part}/labels"] = items.labels
+        return state.sha256(tensors)
 
 
 def multi_hot(classes: Tensor, num_classes: int) -> Tensor:

@@ -42,6 +42,8 @@ from fedxmr.errors import InputError, one_line, unknown
 from fedxmr.types import DataSpec, Items
 
 PARTS = ("train", "validation", "test")
+LARGEST = 1e18
+"""Of a feature, so that float32 can hold its square."""
 
 
 class Options(BaseModel):
@@ -113,10 +115,11 @@ def _features(path: Path) -> Tensor:
     features = torch.empty(stored.shape)
     with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
         features.numpy()[...] = stored
-    finite = features.isfinite().all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise InputError(f"{path}: expected finite float32 numbers, got NaN or infinite ones, first in row {row}")
+    usable = (features.abs() < LARGEST).all(dim=1)  # NaN is not
+    if not usable.all():
+        row = int((~usable).nonzero()[0])
+        got = f"NaN or infinite ones, or such above {LARGEST:g}, first in row {row}"
+        raise InputError(f"{path}: expected finite float32 numbers, got {got}")
     return features
 
 
@@ -191,6 +194,9 @@ def _class_vectors(path: Path, num_classes: int) -> Tensor | None:
     vectors = _features(path)
     if len(vectors) != num_classes:
         raise InputError(f"{path}: expected [{num_classes}, k], one row per class, got {list(vectors.shape)}")
+    different = {tuple(vector) for vector in vectors.tolist()}
+    if len(different) < num_classes or not all(map(any, different)):
+        raise InputError(f"{path}: expected vectors that tell classes apart, got zeros, or the same vector twice")
     return vectors
 
 

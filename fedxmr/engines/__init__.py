@@ -35,6 +35,16 @@ class Engine:
         """See, as far as can be seen before it starts, that what is asked of it is there. Raises InputError."""
         self._module(config).check(config)
 
+    def remarks(self, config: Config) -> tuple[str, ...]:
+        """What a user should know of this engine with what is asked of it, one line each."""
+        deadline = config.federation.deadline
+        if self.name != "local" or deadline == type(config.federation).model_fields["deadline"].default:
+            return ()
+        return (
+            f"deadline: the engine local cannot end a client at work: what takes it more than {deadline:g} s does not "
+            "count, but is waited for",
+        )
+
     def run(self, server: ServerApp, client: str, config: Config, run_config: Mapping[str, Any]) -> None:
         """Run both apps to the end; client: "module:attribute" of the ClientApp. What the ServerApp raises comes out.
 

@@ -67,12 +67,18 @@ def error_reply(message: Message, reason: str) -> Message:
 
 
 def answer(app: ClientApp, message: Message, at: Context) -> Message:
-    """What a ClientApp answers; an error reply where it raises."""
+    """What a ClientApp answers; an error reply where it raises, or answers in another's name."""
     try:
-        return app(message, at)
+        reply = app(message, at)
+        if (reply.metadata.reply_to_message_id, reply.metadata.src_node_id) != (
+            message.metadata.message_id,
+            message.metadata.dst_node_id,
+        ):
+            raise ValueError("expected an answer to the message that was sent, got one to another")
     except Exception as error:
         log.debug("client %d failed", client_of(at.node_id), exc_info=True)
         return error_reply(message, reason(error))
+    return reply
 
 
 class CarrierGrid(Grid):

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from typing import cast
+import traceback
+from pathlib import Path
+from typing import Any, cast
+
+from pydantic import BaseModel
+from torch import Tensor
 
 from fedxmr.errors import InputError, unknown
-from fedxmr.types import Learner
+from fedxmr.types import DataSpec, Learner
 
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
@@ -24,8 +29,41 @@ def learner_class(name: str) -> type[Learner]:
     module, _, attribute = LEARNERS.get(name, name).partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise InputError(f"learner {name!r}: expected package.module:Class, got {error}") from error
-    if lacking := [part for part in ("Config", "fit", "encode", "state", "load") if not hasattr(found, part)]:
-        raise InputError(f"learner {name!r}: expected a class with the methods of a learner, it lacks {lacking[0]}")
+    except (Exception, SystemExit) as error:  # a module from outside may do anything
+        raise InputError(f"learner {name!r}: expected package.module:Class, got {describe(error)}") from error
+    for part in ("Config", "fit", "encode", "similarity", "state", "load"):
+        if not hasattr(found, part):
+            raise InputError(f"learner {name!r}: expected a class with the methods of a learner, it lacks {part}")
+    if not (isinstance(found.Config, type) and issubclass(found.Config, BaseModel)):
+        raise InputError(f"learner {name!r}: expected Config to be a pydantic model, got {found.Config!r}")
     return cast("type[Learner]", found)
+
+
+def vet(name: str, learner: Learner, spec: DataSpec) -> None:
+    """See that what a learner says of its parameters goes with its state. Raises InputError."""
+
+    def expect(fits: bool, what: str, got: object) -> None:
+        if not fits:
+            raise InputError(f"learner {name!r}: expected {what}, got {got}")
+
+    state = learner.state()
+    tensors = isinstance(state, dict) and all(isinstance(tensor, Tensor) for tensor in state.values())
+    expect(tensors, "state() to be tensors by name", type(state).__name__)
+    for part in ("common", "trainable", "statistics", "by_class"):
+        names: Any = getattr(learner, part, None)
+        expect(isinstance(names, frozenset), f"{part} to be a frozenset of names", type(names).__name__)
+        strange = sorted(map(str, names - state.keys()))
+        expect(not strange, f"{part} to be names of its state", ", ".join(strange))
+    weights = learner.trainable | learner.statistics
+    expect(learner.common <= weights, "common to be trainable", ", ".join(sorted(learner.common - weights)))
+    for row_wise in sorted(learner.by_class):
+        shape, rows = list(state[row_wise].shape), spec.num_classes
+        expect(shape[:1] == [rows], f"{row_wise}, which is by class, to have {rows} rows", shape)
+
+
+def describe(error: BaseException) -> str:
+    """An error of somebody else's code in one line: what it was, its words and where it was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    words = " ".join(str(error).split())
+    return f"{type(error).__name__}{': ' if words else ''}{words}{at}"

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ import pytest
 from fedxmr import commands
 from fedxmr.centralized import centralized
 from fedxmr.errors import InputError
+from fedxmr.setting import check
 from fedxmr.simulate import simulate
-from tests.federations import SMALL
+from fedxmr.sources import dataset
+from fedxmr.types import Items
+from tests.federations import SMALL, configured
 
 RESUME = "python -m fedxmr.simulate --resume"
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +54,10 @@ def empty(tmp_path, monkeypatch):
         (["--rounds", "many"], "'many' is not a valid integer"),
         (["--engine", "warp"], "'warp' is not one of"),
         (["--clients", "3", "--sample", "4"], "federation: sample: expected at most the 3 clients, got 4"),
+        (["--dropout", "1"], "federation.dropout: input should be less than 1, got 1.0"),
+        (["--dropout", "-0.1"], "federation.dropout: input should be greater than or equal to 0, got -0.1"),
+        (["--dropout", "nan"], "federation.dropout: input should be"),
+        (["--deadline", "0"], "federation.deadline: input should be greater than 0, got 0.0"),
         (["--clients", "5000"], "5000"),
         (["--partition", "shard"], "partition.scheme: input should be"),
         (["--partition", "dirichlet", "partition.alpha=0.001", "partition.min_items=359"], "partition dirichlet"),
@@ -141,6 +149,15 @@ def test_a_bad_folder_gets_one_line(empty, capsys, changed, says):
     assert says in error
     assert error.count("\n") == 1
     assert not (empty / "runs").exists()
+
+
+def test_a_part_without_a_modality_is_refused_before_the_run():
+    config = configured()
+    data = dataset(config)
+    images = {"image": data.validation.features["image"]}
+    lacking = Items(images, {"image": data.validation.rows["image"]}, data.validation.labels)
+    with pytest.raises(InputError, match="synthetic: expected validation items with text, got none"):
+        check(config, replace(data, validation=lacking))
 
 
 def test_items_nobody_can_find_anything_for_are_refused_before_the_run(empty, capsys):

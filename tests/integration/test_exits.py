@@ -99,7 +99,7 @@ def test_a_full_disk_or_no_memory_ends_a_run_in_one_line_and_costs_nothing(outco
     kept = f"what was measured so far is in {out}; "
     assert rest == {
         None: [],
-        0: [f"{kept}it cannot be resumed: no checkpoint yet"],
+        0: [f"{kept}to go on from the start, as there is no checkpoint: {RESUME} {out}"],
         "report": [f"{kept}to go on with its report: {RESUME} {out}"],
     }.get(after, [f"{kept}to go on from the checkpoint of round {after}: {RESUME} {out}"])
     if after is None:
@@ -128,10 +128,10 @@ IN_ROUND_2, IN_ROUND_3 = "80", "120"
     ("at", "how", "checkpoints", "code", "says"),
     [
         (IN_ROUND_3, "interrupt", 2, commands.INTERRUPTED, "to go on from the checkpoint of round 2"),
-        (IN_ROUND_2, "interrupt", 2, commands.INTERRUPTED, "it cannot be resumed: no checkpoint yet"),
+        (IN_ROUND_2, "interrupt", 2, commands.INTERRUPTED, "to go on from the start, as there is no checkpoint"),
         (IN_ROUND_3, "raise", 2, commands.FAILED, "to go on from the checkpoint of round 2"),
-        (IN_ROUND_2, "nan", 2, commands.FAILED, "it cannot be resumed: no checkpoint yet"),
-        (IN_ROUND_3, "raise", 0, commands.FAILED, "it cannot be resumed: no checkpoint yet"),
+        (IN_ROUND_2, "nan", 2, commands.FAILED, "to go on from the start, as there is no checkpoint"),
+        (IN_ROUND_3, "raise", 0, commands.FAILED, "to go on from the start, as there is no checkpoint"),
     ],
 )
 def test_the_last_line_says_whether_and_how_a_run_can_go_on(tmp_path, capsys, at, how, checkpoints, code, says):
@@ -140,8 +140,7 @@ def test_the_last_line_says_whether_and_how_a_run_can_go_on(tmp_path, capsys, at
     assert commands.run(simulate, [*STOPS, *misbehaves, "--out", str(out), "--no-pictures"]) == code
     error, last = lines(capsys.readouterr().err)
     assert error.startswith("error: ")
-    how_to = f": {RESUME} '{out}'" if "to go on" in says else ""
-    assert last == f"what was measured so far is in {out}; {says}{how_to}"
+    assert last == f"what was measured so far is in {out}; {says}: {RESUME} '{out}'"
 
 
 def test_tolerated_failures_with_every_round_standing_exit_0(tmp_path):
@@ -160,10 +159,9 @@ def test_an_error_that_nobody_expected_is_shown_whole_and_its_last_line_says_how
     command = [sys.executable, "-c", code, *TOY, "--no-pictures", "--out", str(tmp_path / "run")]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 1
-    assert ran.stderr.splitlines()[-2:] == [
-        "ZeroDivisionError: a bug",
-        f"what was measured so far is in {tmp_path / 'run'}; it cannot be resumed: no checkpoint yet",
-    ]
+    bug, last = ran.stderr.splitlines()[-2:]
+    assert bug == "ZeroDivisionError: a bug"
+    assert last.endswith(f"to go on from the start, as there is no checkpoint: {RESUME} {tmp_path / 'run'}")
 
 
 def test_a_reader_of_the_output_that_has_gone_ends_the_run_with_a_documented_code(tmp_path):

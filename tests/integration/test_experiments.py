@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import yaml
 
 from fedxmr import commands
 from fedxmr.config import read_yaml, resolve
+from fedxmr.data import DATASETS
 from fedxmr.errors import InputError
 from fedxmr.experiment import configured, read_experiment
+from fedxmr.learners import LEARNERS
 from fedxmr.reproduce import reproduce
 from fedxmr.simulate import simulate
 
@@ -24,6 +27,52 @@ def test_every_experiment_in_the_repository_builds(path):
     for method in plan.methods.values():
         for trial in method.trials():
             configured(base, method, trial, 0)
+
+
+BENCHMARKS = sorted(DATASETS.keys() - {"digits", "synthetic"})  # these two are for trying things out
+SETTINGS = [(learner, dataset) for learner in sorted(LEARNERS) for dataset in BENCHMARKS]
+
+
+def lacking(folder: Path, learner: str, dataset: str) -> set[str]:
+    """What <learner>-<dataset>.yaml has not got that the settings of a learner's paper must have."""
+    path = folder / f"{learner}-{dataset}.yaml"
+    if not path.is_file():
+        return {path.name}
+    plan, base = read_experiment(path)
+    runs = [configured(base, method, trial, 0) for method in plan.methods.values() for trial in method.trials()]
+    opening = "".join(itertools.takewhile(lambda line: line.startswith("#"), path.read_text("utf-8").splitlines(True)))
+    there = {
+        "this learner in every method": {run.learner.name for run in runs} == {learner},
+        "this data set in every method": {run.dataset.name for run in runs} == {dataset},
+        "a method with all the data": any(run.federation.clients == 1 for run in runs),
+        "published numbers, or that there are none": bool(plan.published) != ("Nobody has published" in opening),
+        "departures": bool(plan.departures),
+    }
+    return {what for what, found in there.items() if not found}
+
+
+@pytest.mark.parametrize(("learner", "dataset"), SETTINGS)
+def test_every_learner_has_the_settings_of_its_paper_on_every_benchmark(learner, dataset):
+    # no pair is exempt: no learner refuses a benchmark, DRSL too takes any number of modalities
+    assert lacking(EXPERIMENTS, learner, dataset) == set()
+
+
+def test_settings_that_lack_something_are_found_out(tmp_path):
+    assert lacking(tmp_path, "drsl", "mfeat") == {"drsl-mfeat.yaml"}
+    path = tmp_path / "drsl-mfeat.yaml"
+    path.write_text(
+        "dataset: pascal\nexperiment: {methods: {one: {set: {learner: mccn}}, other: {set: {learner: drsl}}}}"
+    )
+    assert lacking(tmp_path, "drsl", "mfeat") == {
+        "this learner in every method",
+        "this data set in every method",
+        "a method with all the data",
+        "published numbers, or that there are none",
+        "departures",
+    }
+    # the words of the opening comment count, not those of another one
+    path.write_text("dataset: mfeat\n# Nobody has published\nexperiment: {methods: {one: {set: {learner: drsl}}}}")
+    assert "published numbers, or that there are none" in lacking(tmp_path, "drsl", "mfeat")
 
 
 def test_the_default_preset_says_what_the_code_does():

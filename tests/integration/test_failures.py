@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +112,25 @@ def test_a_round_with_too_few_good_updates_does_not_stand(tmp_path):
     federate(tmp_path / "one", broken, "federation.tolerate_failures=true", "federation.min_clients=1", base=UNEVEN)
 
 
+def test_in_this_process_a_late_client_is_waited_for_and_its_answer_does_not_count(tmp_path, monkeypatch):
+    sleeping: list[float] = []
+    sleep = time.sleep
+    monkeypatch.setattr("tests.toy.time", SimpleNamespace(sleep=lambda s: (sleeping.append(s), sleep(2.1))))
+    late = (f"learner.misbehaves={{'{IN_ROUND_2}': hang once}}", f"learner.once={tmp_path / 'once'}")
+    with pytest.raises(FederationError, match=r"^client 0 failed in round 2: no answer within 2 s$"):
+        federate(tmp_path / "strict", *late, "federation.deadline=2", base=UNEVEN)
+    (tmp_path / "once").unlink()
+    federate(tmp_path / "late", *late, "federation.deadline=2", "federation.tolerate_failures=true", base=UNEVEN)
+    assert sleeping == [3600, 3600]
+    (tmp_path / "once").unlink()
+    raises = (late[0].replace("hang", "raise"), late[1], "federation.tolerate_failures=true")
+    federate(tmp_path / "raised", *raises, base=UNEVEN)
+    late_one, raised = (json.loads((tmp_path / n / "summary.json").read_text()) for n in ("late", "raised"))
+    assert [(at["round"], at["client"]) for at in late_one["failed"]] == [(2, 0)]
+    for key in ("shared_sha256", "models_sha256"):
+        assert late_one[key] == raised[key]
+
+
 def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         federate(tmp_path / "run", f"learner.misbehaves={{'{IN_ROUND_2}': interrupt}}", base=UNEVEN)
@@ -156,7 +177,7 @@ def test_an_evaluation_on_a_copy_leaves_the_training_state_as_it_was():
 
 
 SPEC = DataSpec({"image": 4, "text": 2}, 2)
-REGISTERED = Registration(1, 10, torch.tensor([4, 6]), SPEC, ("image",), {}, {"torch": "1"}, "aa")
+REGISTERED = Registration(1, 10, torch.tensor([4, 6]), SPEC, {"image": 10}, {}, {"torch": "1"}, "aa")
 TASK = Task(3, 1, 2, {})
 SCORES = {"image->text": 0.5, "text->image": 0.25, "average": 0.375}
 GOOD = Update(3, 1, 10, torch.tensor([4, 6]), 0.5, {"w": torch.ones(2, 3), "b": torch.ones(3)})
@@ -202,9 +223,9 @@ def test_a_bad_update_is_named(change, says):
 @pytest.mark.parametrize(
     ("scores", "says"),
     [
-        (None, "lacks the scores it was asked for"),
-        ({**SCORES, "image->text": 1.5}, "mAP image->text of 1.5"),
-        ({**SCORES, "average": float("nan")}, "mAP average of nan"),
+        (None, "lacks the validation scores it was asked for"),
+        ({**SCORES, "image->text": 1.5}, "validation mAP image->text of 1.5"),
+        ({**SCORES, "average": float("nan")}, "validation mAP average of nan"),
         ({"image->text": 0.5}, "scores of image->text, expected average, image->text, text->image"),
     ],
 )
@@ -234,12 +255,12 @@ def test_training_that_was_not_asked_for_is_refused():
         ([{"client": 0, "versions": {"torch": "2"}}], "client 1: versions"),
         ([{"client": 0, "spec": dataclasses.replace(SPEC, class_vectors=torch.ones(2, 3))}], "class vectors: expected"),
         ([{"client": 0, "spec": dataclasses.replace(SPEC, seen=torch.ones(2).bool())}], "seen classes: expected"),
-        ([{"client": 0, "initial_sha256": "bb"}], "client 0: seeded initial state: expected aa, got bb"),
-        ([{"client": 0, "n": 0}], "client 0: expected items"),
+        ([{"client": 0, "initial_sha256": "bb"}], "client 1: seeded initial state: expected bb, got aa"),
+        ([{"client": 0, "n": 0}], "client 0: class counts: expected 0 to 0, its training items"),
     ],
 )
 def test_registrations_that_do_not_agree_stop_the_run(others, says):
     all_ = sorted([*(dataclasses.replace(REGISTERED, **o) for o in others), REGISTERED], key=lambda r: r.client)
     with pytest.raises(FederationError) as caught:
-        check_registrations(all_, 2, "aa")
+        check_registrations(all_, 2)
     assert says in str(caught.value)

@@ -33,6 +33,8 @@ SUMMARY_KEYS = [
     "bytes",
     "seconds",
     "participation",
+    "abstained",
+    "dropped",
     "rejected",
     "failed",
     "recovered",
@@ -153,10 +155,18 @@ def test_an_abstaining_client_receives_but_does_not_count(tmp_path):
     assert len(silent) == 1
     assert summary["rejected"] == summary["failed"] == []
     (k,) = silent
+    assert summary["abstained"] == {str(t): [k] for t in range(1, 4)}
     shared, _ = state.load(tmp_path / "run" / "shared-last.safetensors")
     last, _ = state.load(tmp_path / "run" / "clients" / str(k) / "last.safetensors")
     assert torch.equal(last["weights/shared.w"], shared["shared.w"])  # no change of its own to add
     assert last["weights/private.v"].item() == 0
+
+
+def test_a_run_in_which_nobody_can_train_says_so(tmp_path, capsys):
+    federate(tmp_path / "run", "learner.abstains_without=audio", base=TOY)
+    told = capsys.readouterr().out
+    assert "warning: no client trained in any round" in told
+    assert "client 0: 0; abstained in 1-3" in told
 
 
 def test_a_client_that_lacks_a_modality_sends_and_counts_only_for_what_it_owns(tmp_path):
@@ -329,6 +339,7 @@ def test_tensorboard_holds_scores_losses_weights_bytes_and_seconds(tmp_path):
         "weight/client 1",
         "bytes/up",
         "seconds/fit",
+        "clients/took part",
     ):
         assert tag in tags, tag
     assert [e.step for e in events.Scalars("validation/mean/average")] == [1, 2, 3]

@@ -94,7 +94,7 @@ scores = {"image->text": 0.5, "text->image": 0.5, "average": 0.5}
 moments = {"image": Moments(4, torch.zeros(2).double(), torch.ones(2).double())}
 spec = DataSpec({"image": 2, "text": 3}, 2)
 counts = torch.tensor([2, 2])
-registration = Registration(0, 4, counts, spec, ("image", "text"), moments, {"torch": "2"}, "aa")
+registration = Registration(0, 4, counts, spec, {"image": 4, "text": 4}, moments, {"torch": "2"}, "aa")
 update = Update(1, 0, 4, counts, 0.5, w, scores, scores)
 task = Task(1, 0, 0, w, scaler=Scaler.of(moments))
 wire.unpack_registration(carried(wire.pack_registration(registration)))

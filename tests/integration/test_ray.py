@@ -30,7 +30,7 @@ from fedxmr.engines import ray as engine
 from fedxmr.errors import FederationError
 from fedxmr.recording import prepare
 from fedxmr.simulate import simulate
-from fedxmr.sources import parts
+from fedxmr.sources import dataset, parts
 from tests.federations import SMALL, TOY, configured, federate, same_bytes
 from tests.toy import Toy
 
@@ -98,8 +98,9 @@ def shared_memory() -> set[Path]:
     [
         ("strategy=fedcmr",),
         ("strategy=fedavg", "federation.clients=5", "federation.sample=2", "runtime.memory_budget=1B"),
+        ("strategy=fedcmr", "federation.clients=6", "federation.dropout=0.3", "evaluation.clients=3"),
     ],
-    ids=["fedcmr", "sampled, states in files"],
+    ids=["fedcmr", "sampled, states in files", "dropout"],
 )
 def test_the_same_bytes_with_one_worker_and_with_two_as_with_local(tmp_path, assignments):
     federate(tmp_path / "local", *assignments, "runtime.engine=local", base=BASE)
@@ -126,7 +127,7 @@ def test_flowers_own_fedavg_runs_unchanged_on_workers(tmp_path):
         found["arrays"] = result.arrays.to_numpy_ndarrays()[0]
 
     config = configured(*ON_RAY, "runtime.workers=2")
-    prepare(tmp_path / "run", config, parts(config), overwrite=False)
+    prepare(tmp_path / "run", config, dataset(config), parts(config), overwrite=False)
     run_config = {"config": config.to_yaml(), "out": str(tmp_path / "run")}
     engine.run(server, "tests.integration.test_carrier:client", config, run_config)
     np.testing.assert_allclose(found["arrays"], [4.0, 4.0])  # two rounds of the mean of 1, 2 and 3

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -43,8 +44,9 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, messages: int) -> None:
         ("strategy=fedavg", "evaluation.every=3"),
         ("strategy=fedcmr", "federation.clients=8", "federation.sample=2", "evaluation.clients=3"),
         ("strategy=local", "evaluation.every=0"),
+        ("federation.clients=5", "federation.sample=3", "federation.dropout=0.3", "evaluation.clients=2"),
     ],
-    ids=["fedcmr", "fedavg", "sampled", "local"],
+    ids=["fedcmr", "fedavg", "sampled", "local", "dropout"],
 )
 def test_a_resumed_run_has_the_bytes_of_an_undisturbed_one(tmp_path, monkeypatch, assignments):
     config = configured(*assignments, base=BASE)
@@ -152,8 +154,8 @@ def test_a_damaged_newest_checkpoint_is_refused_and_the_older_one_offered(tmp_pa
     ("damaged", "says"),
     [
         ("checkpoint/round-8/client-1.safetensors", "to go on from round 6, remove"),
-        ("metrics.jsonl", "metrics.jsonl: is shorter than at the checkpoint of round 8"),
-        ("timings.jsonl", "timings.jsonl: is shorter than at the checkpoint of round 8"),
+        ("metrics.jsonl", "metrics.jsonl: is not what it was at the checkpoint of round 8"),
+        ("timings.jsonl", "timings.jsonl: is not what it was at the checkpoint of round 8"),
     ],
 )
 @pytest.mark.parametrize("how", ["truncated", "missing"])
@@ -214,13 +216,102 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_bytes(content)
     one, other = (out / checkpoint.folder(newest) / f"client-{k}.safetensors" for k in (0, 1))
     one.write_bytes(other.read_bytes())
-    with pytest.raises(RuntimeError, match="expected the state of client 0, got that of 1"):
+    with pytest.raises(InputError, match=r"expected the state of client 0, got that of 1; .* from round 2, remove"):
         run(grown, None, resume=out, pictures=False)
 
 
-def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
-    config = configured("federation.checkpoint_every=0")
-    run(config, tmp_path / "run", pictures=False)
-    (tmp_path / "run" / "summary.json").unlink()
-    with pytest.raises(InputError, match="has no checkpoint to resume from"):
-        run(config, None, resume=tmp_path / "run", pictures=False)
+def test_a_checkpoint_of_another_experiment_is_refused(tmp_path, capsys):
+    for seed in (0, 1):
+        federate(tmp_path / f"seed{seed}", f"seed={seed}", base=(*TOY, "federation.checkpoint_every=1"))
+    ours, theirs = (tmp_path / f"seed{seed}" / checkpoint.folder(3) for seed in (0, 1))
+    resume = ["--resume", str(tmp_path / "seed0"), "--rounds", "5", "--no-pictures"]
+    for file in sorted(theirs.iterdir()):
+        kept = (ours / file.name).read_bytes()
+        (ours / file.name).write_bytes(file.read_bytes())
+        capsys.readouterr()
+        assert commands.run(simulate, resume) == commands.BAD_INPUT
+        error = capsys.readouterr().err
+        assert f"{ours / file.name}: expected" in error
+        assert "to go on from round 2, remove" in error
+        (ours / file.name).write_bytes(kept)
+    config = tmp_path / "seed0" / "config.yaml"
+    config.write_text(config.read_text().replace("step: 0.25", "step: 0.5"))
+    assert commands.run(simulate, resume) == commands.BAD_INPUT
+    assert "which config.yaml describes, got round 3 of" in capsys.readouterr().err
+
+
+def test_an_older_checkpoint_is_offered_only_where_it_is_good(tmp_path, capsys):
+    out = tmp_path / "run"
+    federate(out, base=BASE)
+    for round, name in ((8, "server.safetensors"), (6, "client-2.safetensors")):
+        (out / checkpoint.folder(round) / name).write_bytes(b"")
+    assert commands.run(simulate, ["--resume", str(out), "--rounds", "10"]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert "round-8/server.safetensors: not a state of fedxmr's, or damaged" in error
+    assert "to go on from" not in error
+
+
+@pytest.mark.parametrize("name", ["metrics", "timings"])
+def test_changed_records_are_noticed(tmp_path, capsys, name):
+    out = tmp_path / "run"
+    federate(out, base=BASE)
+    path = out / f"{name}.jsonl"
+    content = path.read_bytes()
+    path.write_bytes(content[:10] + b"9" + content[11:])
+    assert commands.run(simulate, ["--resume", str(out), "--rounds", "10"]) == commands.BAD_INPUT
+    assert f"{path}: is not what it was at the checkpoint of round 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("every", [0, 5])
+def test_a_run_without_a_checkpoint_is_resumed_from_the_start(tmp_path, monkeypatch, every):
+    config = configured(f"federation.checkpoint_every={every}", base=BASE)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt) as caught:
+        interrupt_after(patch, 7)
+        run(config, tmp_path / "broken", pictures=False)
+    assert "to go on from the start" in caught.value.__notes__[-1]
+    run(config, None, resume=tmp_path / "broken", pictures=False)
+    run(config, tmp_path / "whole", pictures=False)
+    assert same_bytes(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_changed_data_are_noticed(tmp_path):
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "data"
+    (folder / "features").mkdir(parents=True)
+    labels = rng.integers(0, 3, 60)
+    for modality, width in (("image", 6), ("text", 4)):
+        np.save(folder / "features" / f"{modality}.npy", rng.normal(size=(60, width)) + labels[:, None])
+    np.save(folder / "labels.npy", labels)
+    train, validation, test = np.split(rng.permutation(60), [30, 45])
+    np.savez(folder / "split.npz", train=train, validation=validation, test=test)
+    out = tmp_path / "run"
+    small = tuple(a for a in BASE if not a.startswith("dataset."))
+    federate(out, f"dataset.name={folder}", base=small)
+    features = np.load(folder / "features" / "text.npy")
+    features[-1, -1] += 1e-3
+    np.save(folder / "features" / "text.npy", features)
+    command = [sys.executable, "-m", "fedxmr.simulate", "--resume", str(out), "--rounds", "10"]
+    resumed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert resumed.returncode == commands.BAD_INPUT
+    assert "cannot be resumed: the data of" in resumed.stderr
+
+
+@pytest.mark.parametrize("how", [["--resume"], [*ARGUMENTS, "--overwrite", "--out"]])
+def test_a_run_folder_that_another_process_works_in_is_left_alone(tmp_path, capsys, how):
+    out = tmp_path / "run"
+    federate(out, "federation.rounds=4", base=BASE)
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    other = (
+        "import sys, time; from pathlib import Path; from fedxmr.recording import claimed\n"
+        "with claimed(Path(sys.argv[1])): print('ready', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", other, str(out)], cwd=ROOT, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            assert commands.run(simulate, [*how, str(out), "--rounds", "9"]) == commands.BAD_INPUT
+        finally:
+            process.kill()
+    assert f"{out}: another process is working in this run folder" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert commands.run(simulate, [*how, str(out), "--rounds", "9", "--no-pictures"]) == commands.OK

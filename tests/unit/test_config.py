@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedxmr.config import Config, merged, override, resolve
+from fedxmr.config import Config, merged, override, parse_yaml, resolve
 from fedxmr.errors import InputError
 
 FILE = {"strategy": {"name": "fedcmr", "gamma": -0.5}, "learner": {"hidden": 64, "optimizer": {"lr": 0.01}}}
@@ -52,3 +52,26 @@ def test_no_number_is_infinite_or_not_a_number():
     for assignment in ("strategy.gamma=.nan", "learner.eta=.inf", "federation.deadline=.inf", "partition.alpha=.nan"):
         with pytest.raises(InputError, match=assignment.partition("=")[0]):
             resolve(override({}, [assignment]))
+
+
+@pytest.mark.parametrize("word", ["on", "off", "yes", "no", "On", "NO", "trueish", "falsetto"])
+def test_on_off_yes_and_no_are_words(word):
+    assert parse_yaml(f"{word}: {word}", "a file") == {word: word}
+
+
+@pytest.mark.parametrize("truth", ["true", "True", "TRUE"])
+def test_true_and_false_are_booleans(truth):
+    assert parse_yaml(f"key: {truth}", "a file") == {"key": True}
+    assert parse_yaml("key: false", "a file") == {"key": False}
+
+
+def test_what_is_measured_on_needs_no_quotes():
+    assert Config.from_yaml("evaluation: {on: all-test}").evaluation.on == "all-test"
+    assert resolve(override({}, ["evaluation={on: all-test}"])).evaluation.on == "all-test"
+    config = Config.from_yaml("evaluation: {on: all-test}")
+    assert Config.from_yaml(config.to_yaml()) == config
+
+
+def test_a_switch_still_takes_yes_and_no():
+    assert Config.from_yaml("federation: {tolerate_failures: yes}").federation.tolerate_failures is True
+    assert resolve(override({}, ["learner.shuffle=off"])).model_dump()["learner"]["shuffle"] is False

@@ -161,8 +161,9 @@ MISTAKES = [
     (save("features/text.npy", [["a", "b"]] * N), "expected [n, d] numbers, got [12, 2] <U1"),
     (save("features/text.npy", np.ones((N, 3), dtype=complex)), "expected [n, d] numbers, got [12, 3] complex128"),
     (save("features/image.npy", with_value(np.nan)), "features/image.npy: expected finite float32 numbers, got NaN or "
-     "infinite ones, first in row 5"),
+     "infinite ones, or such above 1e+18, first in row 5"),
     (save("features/image.npy", with_value(-np.inf, np.float32)), "features/image.npy: expected finite "),
+    (save("features/image.npy", with_value(1e19)), "features/image.npy: expected finite float32 numbers"),
     (save("features/image.npy", with_value(1e300)), "features/image.npy: expected finite float32 numbers"),
     (save("features/text.npy", np.ones((11, 3))), "features/text.npy: expected 12 rows, one per label, got 11; "
      "a modality that some items lack needs rows/text.npy"),
@@ -180,6 +181,8 @@ MISTAKES = [
     (write("classes.txt", b"\n"), "classes.txt: expected one name per line, got an empty file"),
     (write("classes.txt", b"\xff\xfe"), "classes.txt: expected UTF-8 text, got "),
     (save("class_vectors.npy", np.ones((4, 2))), "class_vectors.npy: expected [3, k], one row per class, got [4, 2]"),
+    (save("class_vectors.npy", np.eye(3)[[0, 1, 0]]), "class_vectors.npy: expected vectors that tell classes apart"),
+    (save("class_vectors.npy", np.eye(3)[:, :2]), "class_vectors.npy: expected vectors that tell classes apart"),
     (save("class_vectors.npy", np.full((3, 2), np.nan)), "class_vectors.npy: expected finite float32 numbers"),
     (save("rows/audio.npy", [0]), "unknown modality in rows/ 'audio' (known: image, text)"),
     (save("rows/text.npy", np.arange(5)), "rows/text.npy: expected [12] integers, one per feature row, got [5] int64"),

@@ -20,7 +20,7 @@ PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "js
 UNSAFE = {f"{torch}.{name}" for torch in ("torch", "torch.serialization", "torch.jit") for name in ("load", "save")}
 UNSAFE |= {f"{numpy}.{name}" for numpy in ("np", "numpy") for name in ("load", "save", "savez_compressed")}
 UNSAFE |= {f"{npy}.{name}" for npy in ("npy", "np.lib.format") for name in ("read_array", "open_memmap")}
-UNSAFE |= {"yaml.load", "yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle"}
+UNSAFE |= {"yaml.unsafe_load", "yaml.full_load", "pd.read_pickle", "pandas.read_pickle"}
 
 
 def used(path: Path) -> Iterator[str]:

@@ -33,6 +33,15 @@ def test_standardised_rows_have_zero_mean_and_unit_deviation_and_a_constant_colu
     np.testing.assert_allclose(got.features["image"].std(0, unbiased=False).numpy(), [1, 0, 1], atol=1e-5)
 
 
+@pytest.mark.parametrize("tiny", [1.4e-45, 1e-40, 1e-30])
+def test_a_column_that_hardly_varies_stays_finite(tiny):
+    x = torch.zeros(200, 1)
+    x[0] = tiny
+    scaler = Scaler.of({"image": Moments.of(x)})
+    got = scale(Items.paired({"image": x}, torch.ones(200, 1, dtype=torch.bool)), {"image": "standardise"}, scaler)
+    assert got.features["image"].isfinite().all()
+
+
 def test_norm_scaling_gives_every_row_length_ten_and_leaves_a_zero_row():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     got = scale(Items.paired({"text": x}, torch.ones(2, 1, dtype=torch.bool)), {"text": "norm"}, Scaler({}, {}))

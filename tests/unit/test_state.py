@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from fedxmr import state
@@ -37,20 +35,23 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     assert [p.name for p in tmp_path.iterdir()] == ["x.safetensors"]
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
-@given(position=st.integers(0, 10_000), flip=st.integers(1, 255))
-def test_no_changed_byte_goes_unnoticed(tmp_path, position, flip):
+def test_no_changed_byte_goes_unnoticed(tmp_path):
     path = tmp_path / "x.safetensors"
-    state.save(path, STATE, {"round": 3})
-    content = bytearray(path.read_bytes())
-    content[position % len(content)] ^= flip
+    state.save(path, STATE, {"round": 3, "text": 'a "sha256":"' + "0" * 64 + '" of its own'})
+    content = path.read_bytes()
+    for position in range(len(content)):
+        for flip in (0x01, 0x20, 0x29):  # 0x20: letters' case; 0x29: a space becomes a tab
+            changed = bytearray(content)
+            changed[position] ^= flip
+            path.write_bytes(changed)
+            with pytest.raises(InputError, match="not a state of fedxmr's, or damaged"):
+                state.load(path)
+    for changed in (content + b"\0", content[:-1], b""):
+        path.write_bytes(changed)
+        with pytest.raises(InputError, match="not a state of fedxmr's, or damaged"):
+            state.load(path)
     path.write_bytes(content)
-    try:
-        got, about = state.load(path)
-    except InputError:
-        return
-    assert about == {"round": 3}  # a byte that says nothing, such as padding
-    assert state.sha256(got) == state.sha256(STATE)
+    assert state.load(path)[1]["round"] == 3
 
 
 @pytest.mark.parametrize("keep", [0, 7, 100])

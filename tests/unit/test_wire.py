@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -27,9 +29,11 @@ SHARED = {"common.weight": torch.randn(3, 2), "step": torch.tensor(3.0), "mask":
 
 
 def registration() -> Registration:
-    moments = {"image": Moments.of(torch.randn(5, 4)), "text": Moments.of(torch.randn(0, 2))}
+    moments = {"image": Moments.of(torch.randn(5, 4)), "text": Moments.of(torch.randn(4, 2))}
     spec = DataSpec({"image": 4, "text": 2}, 3, class_vectors=torch.randn(3, 7))
-    return Registration(2, 5, torch.tensor([2, 3, 0]), spec, ("image",), moments, {"torch": "2.13"}, "ab12")
+    return Registration(
+        2, 5, torch.tensor([2, 3, 0]), spec, {"image": 5, "text": 4, "tags": 1}, moments, {"torch": "2.13"}, "ab12"
+    )
 
 
 @pytest.mark.parametrize(
@@ -49,12 +53,28 @@ def registration() -> Registration:
         ),
         (Update(4, 1, 5, torch.tensor([5]), None, {}), wire.pack_update, wire.unpack_update),
         (Farewell(1, 41, 3, 40, True), wire.pack_farewell, wire.unpack_farewell),
-        (Checkpoint(1, 5, "a/b"), wire.pack_checkpoint, wire.unpack_checkpoint),
+        (Checkpoint(1, 5, "checkpoint/.round-5/client-1.safetensors"), wire.pack_checkpoint, wire.unpack_checkpoint),
         (Report(1, {"a->b": 0.5}, None, "ff"), wire.pack_report, wire.unpack_report),
     ],
 )
 def test_a_message_survives(message, pack, unpack):
     assert same(unpack(pack(message)), message)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "/etc/passwd",
+        "checkpoint/../../client-1.safetensors",
+        "../checkpoint/round-1/client-1.safetensors",
+        "checkpoint/round-1/client-1.safetensors/x",
+        "checkpoint/round-1/server.safetensors",
+        "checkpoint/round-1/client-1.safetensors\n",
+    ],
+)
+def test_a_client_is_sent_to_no_other_file(file):
+    with pytest.raises(wire.WireError, match="not a checkpoint: file"):
+        wire.unpack_checkpoint(wire.pack_checkpoint(Checkpoint(1, 5, file)))
 
 
 def test_arrays_arrive_in_memory_of_their_own():
@@ -74,6 +94,25 @@ def facts(text: str) -> RecordDict:
 def test_a_foreign_message_is_refused(unpack, content):
     with pytest.raises(wire.WireError):
         unpack(content)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"round": 4.0}, "not a task: round: input should be a valid integer, got 4.0"),
+        ({"round": "4"}, "not a task: round: input should be a valid integer, got '4'"),
+        ({"fit": 1}, "not a task: fit: input should be a valid boolean, got 1"),
+        ({"leader": True}, "not a task: leader: input should be a valid integer, got True"),
+        ({"base": 1 << 63}, "not a task: base: input should be less than"),
+        ({"shared": {}}, "not a task: shared: extra inputs are not permitted"),
+    ],
+)
+def test_facts_are_of_exactly_their_types(change, says):
+    content = wire.pack_task(Task(4, 1, 3, SHARED))
+    record = content.config_records["facts"]
+    record["json"] = json.dumps(json.loads(str(record["json"])) | change)
+    with pytest.raises(wire.WireError, match=says):
+        wire.unpack_task(content)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -159,6 +160,25 @@ def test_a_task_that_nothing_could_answer_is_refused():
         protocol(with_unseen_classes(data(torch.cat([seen, one]), seen, torch.cat([seen, other])), 3), *ASKED)
     with pytest.raises(InputError, match="expected items for the zero-shot task 'unseen'"):
         protocol(with_unseen_classes(data(seen, seen, torch.cat([seen, other])), 3), *ASKED)
+
+
+def test_a_modality_that_no_unseen_item_has_is_refused():
+    whole = data()
+    seen = class_split(CLASSES, generator(3, "classes"))
+
+    def without(items: Items) -> Items:
+        rows = (items.labels & seen).any(1).nonzero().flatten()
+        return Items(
+            {**items.features, "audio": torch.zeros(len(rows), 2)}, {**items.rows, "audio": rows}, items.labels
+        )
+
+    lacking = replace(
+        whole,
+        spec=replace(whole.spec, dims={**whole.spec.dims, "audio": 2}),
+        **{part: without(getattr(whole, part)) for part in ("train", "validation", "test", "all_test")},
+    )
+    with pytest.raises(InputError, match="a class of unseen items in both of image->audio, got none"):
+        protocol(with_unseen_classes(lacking, 3), *ASKED)
 
 
 ASKED = ("zero-shot", "test", 3)
