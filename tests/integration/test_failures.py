@@ -117,7 +117,7 @@ def test_in_this_process_a_late_client_is_waited_for_and_its_answer_does_not_cou
     sleep = time.sleep
     monkeypatch.setattr("tests.toy.time", SimpleNamespace(sleep=lambda s: (sleeping.append(s), sleep(2.1))))
     late = (f"learner.misbehaves={{'{IN_ROUND_2}': hang once}}", f"learner.once={tmp_path / 'once'}")
-    with pytest.raises(FederationError, match=r"^client 0 failed in round 2: no answer within 2 s$"):
+    with pytest.raises(FederationError, match=r"^client 0 failed in round 2: no answer within 2 s\n"):
         federate(tmp_path / "strict", *late, "federation.deadline=2", base=UNEVEN)
     (tmp_path / "once").unlink()
     federate(tmp_path / "late", *late, "federation.deadline=2", "federation.tolerate_failures=true", base=UNEVEN)
