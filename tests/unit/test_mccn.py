@@ -10,16 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedxmr.learners.mccn import (
-    MCCN,
-    MCCNConfig,
-    Samples,
-    all_pairs_loss,
-    distances,
-    padding,
-    per_sample_loss,
-    walk,
-)
+from fedxmr.learners.coordination import Samples, padding, walk
+from fedxmr.learners.mccn import MCCN, MCCNConfig, all_pairs_loss, distances, per_sample_loss
 from fedxmr.seeding import generator
 from fedxmr.strategies import Contribution, StrategyConfig, combine, merge
 from fedxmr.types import DataSpec, Items, Proximal
@@ -215,7 +207,7 @@ def test_items_of_several_classes_train(pairing, route, eps):
 
 def test_padding_evens_out_classes_and_modalities():
     data = imbalanced()
-    samples = Samples(data, MCCNConfig())
+    samples = Samples(data, 128)
     assert samples.modalities == ("audio", "image", "text")
     seen = torch.zeros(3, 4, dtype=torch.int64)
     sources = []
@@ -230,7 +222,7 @@ def test_padding_evens_out_classes_and_modalities():
 def test_a_replacement_is_of_the_class_and_of_another_modality_and_changes_with_the_epoch():
     data = imbalanced()
     labels = {m: data.labels[rows] for m, rows in data.rows.items()}
-    samples, rng = Samples(data, MCCNConfig(route="padded", batch_size=1)), generator(0, "epoch")
+    samples, rng = Samples(data, 1, route="padded"), generator(0, "epoch")
     epochs = []
     for _ in range(6):
         found = []
@@ -250,7 +242,7 @@ def test_a_replacement_is_of_the_class_and_of_another_modality_and_changes_with_
 
 
 def test_with_a_ratio_some_replacements_are_of_another_class():
-    samples = Samples(imbalanced(), MCCNConfig(eps=1.5))
+    samples = Samples(imbalanced(), 128, eps=1.5)
     labels = {m: imbalanced().labels[rows] for m, rows in imbalanced().rows.items()}
     rng, wrong = generator(0, "epoch"), 0
     for _ in range(10):
@@ -261,19 +253,19 @@ def test_with_a_ratio_some_replacements_are_of_another_class():
 
 
 def test_without_coordination_every_embedding_is_used_once_as_itself():
-    batches = list(Samples(imbalanced(), MCCNConfig(coordinate=False)).epoch(generator(0, "epoch")))
+    batches = list(Samples(imbalanced(), 128, coordinate=False).epoch(generator(0, "epoch")))
     assert sum(len(b.weight) for b in batches) == 13
     assert all(tower == source for b in batches for tower, source, _ in b.parts)
 
 
 def test_a_client_without_a_modality_pads_nothing_for_it():
-    samples = Samples(imbalanced().select(torch.arange(12)), MCCNConfig())
+    samples = Samples(imbalanced().select(torch.arange(12)), 128)
     assert samples.modalities == ("image", "text")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8, 100])
 def test_batches_are_even_and_weights_make_means(batch_size):
-    batches = list(Samples(imbalanced(), MCCNConfig(batch_size=batch_size)).epoch(generator(0, "epoch")))
+    batches = list(Samples(imbalanced(), batch_size).epoch(generator(0, "epoch")))
     assert len(batches) == math.ceil(8 / batch_size)
     for batch in batches:
         sizes = batch.modality.bincount(minlength=3)
