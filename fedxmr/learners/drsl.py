@@ -34,7 +34,7 @@ sums and differences: `_PairReLU` adds the two for one tile of pairs at a time a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, islice, pairwise
 from typing import Annotated, Literal, NamedTuple
@@ -45,8 +45,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 from torch.autograd.function import FunctionCtx
 
-from fedxmr.learners.training import Decay, Losses, Network, OptimizerConfig, batches, linear, restore, snapshot
-from fedxmr.types import DataSpec, Fit, Items, Proximal, State
+from fedxmr.learners.neural import NeuralLearner
+from fedxmr.learners.training import Decay, Losses, Network, OptimizerConfig, batches, layers
+from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 Fusion = Literal["concatenate", "multiply", "add", "subtract"]
 Similar = Literal["binary", "jaccard"]
@@ -178,7 +179,7 @@ def drsl_loss(related: Tensor, similar: Tensor, pos_weight: float = 1.0) -> Tens
     return error.mean() if pos_weight == 1 else (error * (1 + (pos_weight - 1) * similar)).mean()
 
 
-class DRSL:
+class DRSL(NeuralLearner):
     """The learner.
 
     Its parameters: `towers.<modality>.<layer>` and, for modalities a < b, `relations.<a>.<b>.hidden` and
@@ -187,24 +188,19 @@ class DRSL:
 
     Config = DRSLConfig
 
-    statistics: frozenset[str] = frozenset()
-    by_class: frozenset[str] = frozenset()
-
     def __init__(self, config: DRSLConfig, spec: DataSpec, device: torch.device, rng: Generator | None) -> None:
         self._config = config
         self._device = device
         self._pairs = list(combinations(sorted(spec.dims), 2))
         fused = config.width * (2 if config.fusion == "concatenate" else 1)
-        layers = {}
+        sizes = {}
         for m in sorted(spec.dims):
-            for layer, sizes in enumerate(pairwise([spec.dims[m], *config.hidden, config.width])):
-                layers[f"towers.{m}.{layer}"] = sizes
+            for layer, size in enumerate(pairwise([spec.dims[m], *config.hidden, config.width])):
+                sizes[f"towers.{m}.{layer}"] = size
         for a, b in self._pairs:
-            layers[f"relations.{a}.{b}.hidden"] = (fused, config.relation)
-            layers[f"relations.{a}.{b}.output"] = (config.relation, 1)
-        parameters = {}
-        for name, (inputs, outputs) in layers.items():
-            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+            sizes[f"relations.{a}.{b}.hidden"] = (fused, config.relation)
+            sizes[f"relations.{a}.{b}.output"] = (config.relation, 1)
+        parameters = layers(sizes, rng, device)
         self._network = Network(parameters, config.optimizer, config.keep_optimizer)
         self.trainable = frozenset(parameters)
         self.common = frozenset(name for name in parameters if name.startswith("relations."))
@@ -243,12 +239,6 @@ class DRSL:
             fit = replace(fit, loss=fit.loss / (p * (1 - p)), loss_sum=fit.loss_sum / (p * (1 - p)))
         return fit
 
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d] features -> [n, width] float32, z in the modality's own space, on the learner's device."""
-        with torch.no_grad():
-            parts = [self._tower(modality, part.to(self._device, torch.float32)) for part in torch.split(x, 4096)]
-        return torch.cat(parts)
-
     def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:
         """R, [q, width] and [g, width] -> [q, g]; ValueError for modalities that are no pair.
 
@@ -263,15 +253,6 @@ class DRSL:
                 return self._relate(query, gallery, direction)
             return self._relate(gallery, query, (first, second)).T.contiguous()
 
-    def state(self, names: Collection[str] | None = None) -> State:
-        """Parameters and moments, copied; or those of them that are named."""
-        live = self._network.live()
-        return snapshot(live if names is None else {name: live[name] for name in names})
-
-    def load(self, state: State) -> None:
-        """Take over part or all of a state; ValueError, loading nothing, where a name, shape or dtype is wrong."""
-        restore(self._network.live(), state)
-
     def _trained_by(self, name: str) -> list[tuple[str, str]]:
         """The pairs of modalities whose loss depends on a parameter."""
         of = name.split(".")
@@ -279,13 +260,14 @@ class DRSL:
 
     def _loss(self, x: Mapping[str, Tensor], targets: Mapping[tuple[str, str], Tensor]) -> Tensor:
         """L of a batch: features by modality, S by pair of modalities; the mean over the pairs of modalities."""
-        z = {m: self._tower(m, of) for m, of in x.items()}
+        z = {m: self._embed(m, of) for m, of in x.items()}
         weight = self._config.pos_weight
         return torch.stack(
             [drsl_loss(self._relate(z[a], z[b], (a, b)), s, weight) for (a, b), s in targets.items()]
         ).mean()
 
-    def _tower(self, modality: str, x: Tensor) -> Tensor:
+    def _embed(self, modality: str, x: Tensor) -> Tensor:
+        """z, in the modality's own space."""
         for layer in range(len(self._config.hidden) + 1):
             x = self._network.linear(f"towers.{modality}.{layer}", x).relu()
         return x

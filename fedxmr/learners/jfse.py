@@ -42,7 +42,7 @@ module differ in places:
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Literal, NamedTuple, Self
 
@@ -54,9 +54,10 @@ from torch import Generator, Tensor
 from fedxmr.errors import InputError
 from fedxmr.learners.adversarial import SLOPE, Critic, critic_loss, modality_loss, scale_gradient
 from fedxmr.learners.alignment import SCHEMES, Pair, Scheme
-from fedxmr.learners.cosine import cosine, unit_rows
-from fedxmr.learners.training import Losses, Network, OptimizerConfig, batches, linear, restore, snapshot
-from fedxmr.types import DataSpec, Fit, Items, Proximal, State
+from fedxmr.learners.cosine import unit_rows
+from fedxmr.learners.neural import NeuralLearner
+from fedxmr.learners.training import Losses, Network, OptimizerConfig, batches, layers
+from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 
 class JFSEOptimizer(OptimizerConfig):
@@ -184,7 +185,7 @@ class Stage(NamedTuple):
     rng: Generator
 
 
-class JFSE:
+class JFSE(NeuralLearner):
     """The learner. Its parameters: `regressors.`, `generators.` and `critics.<modality>.`, and `discriminator.`.
 
     Those that a switched-off term would train do not exist; the others start the same under every switch.
@@ -192,18 +193,13 @@ class JFSE:
 
     Config = JFSEConfig
 
-    statistics: frozenset[str] = frozenset()
-    by_class: frozenset[str] = frozenset()
-
     def __init__(self, config: JFSEConfig, spec: DataSpec, device: torch.device, rng: Generator | None) -> None:
         self._config = config
         self._modalities = sorted(spec.dims)
         self._device = device
         self._class_vectors = class_targets(config, spec).to(device)
         self._seen = None if spec.seen is None else spec.seen.to(device)
-        parameters = {}
-        for name, (inputs, outputs) in self._layers(spec).items():
-            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+        parameters = layers(self._sizes(spec), rng, device)
         for m in self._modalities:
             critic = Critic.drawn(spec.dims[m], self._class_vectors.shape[1], config.hidden, rng, device)
             parameters |= {f"critics.{m}.{part}": tensor for part, tensor in critic._asdict().items()}
@@ -257,43 +253,24 @@ class JFSE:
             self._epochs += epochs
         return fit
 
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d] features -> [n, s] float32 beside the class vectors, on the learner's device."""
-        with torch.no_grad():
-            parts = [self._regress(modality, part.to(self._device, torch.float32)) for part in torch.split(x, 4096)]
-        return torch.cat(parts)
-
-    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:  # noqa: ARG002
-        """Cosines, [q, s] and [g, s] -> [q, g]; the direction does not matter."""
-        return cosine(query, gallery)
-
-    def state(self, names: Collection[str] | None = None) -> State:
-        """Parameters, moments and the count of epochs, copied; or those of them that are named."""
-        live = self._live()
-        return snapshot(live if names is None else {name: live[name] for name in names})
-
-    def load(self, state: State) -> None:
-        """Take over part or all of a state; ValueError, loading nothing, where a name, shape or dtype is wrong."""
-        restore(self._live(), state)
-
     def _live(self) -> dict[str, Tensor]:
         return self._network.live() | {"epochs": self._epochs}
 
     # what exists
 
-    def _layers(self, spec: DataSpec) -> dict[str, tuple[int, int]]:
+    def _sizes(self, spec: DataSpec) -> dict[str, tuple[int, int]]:
         """Every layer there can be, but for the critics' -> (inputs, outputs), in the order they are drawn in."""
         config, s = self._config, self._class_vectors.shape[1]
-        layers: dict[str, tuple[int, int]] = {}
+        sizes: dict[str, tuple[int, int]] = {}
         for m in self._modalities:
             widths = [spec.dims[m], *[config.hidden] * (config.layers - 1), s]
-            layers |= {f"regressors.{m}.{i}": layer for i, layer in enumerate(pairwise(widths))}
+            sizes |= {f"regressors.{m}.{i}": size for i, size in enumerate(pairwise(widths))}
         for m in self._modalities:
-            layers[f"generators.{m}.0"] = (s + config.noise, config.hidden)
-            layers[f"generators.{m}.1"] = (config.hidden, spec.dims[m])
+            sizes[f"generators.{m}.0"] = (s + config.noise, config.hidden)
+            sizes[f"generators.{m}.1"] = (config.hidden, spec.dims[m])
         widths = [s, *config.discriminator, max(len(self._modalities) - 1, 1)]
-        layers |= {f"discriminator.{i}": layer for i, layer in enumerate(pairwise(widths))}
-        return layers
+        sizes |= {f"discriminator.{i}": size for i, size in enumerate(pairwise(widths))}
+        return sizes
 
     def _used(self, name: str) -> bool:
         kind = name.partition(".")[0]
@@ -333,7 +310,7 @@ class JFSE:
 
     # the networks
 
-    def _regress(self, modality: str, x: Tensor) -> Tensor:
+    def _embed(self, modality: str, x: Tensor) -> Tensor:
         last = self._config.layers - 1
         for layer in range(last):
             x = self._network.linear(f"regressors.{modality}.{layer}", x).relu()
@@ -375,7 +352,7 @@ class JFSE:
 
     def _joint_loss(self, batch: Items, c: Tensor, stage: Stage, reversal: float) -> tuple[Tensor, Tensor]:
         """Eq. 16 but for the critics' steps, and L_CYC of true features."""
-        embeddings = {m: self._regress(m, batch.features[m].float()) for m in batch.modalities}
+        embeddings = {m: self._embed(m, batch.features[m].float()) for m in batch.modalities}
         true = Embedded(embeddings, batch.rows, batch.labels, c)
         cycle = true.cycle()
         loss = self._embedding_loss(true, cycle, reversal)
@@ -400,7 +377,7 @@ class JFSE:
             x = self._generate(m, c, stage.rng)
             if critics:
                 terms.append(-self._critic(m).frozen()(x, c).mean())
-            e = self._regress(m, scale_gradient(x, config.generator / config.synthetic))
+            e = self._embed(m, scale_gradient(x, config.generator / config.synthetic))
             embeddings[m] = scale_gradient(e, config.synthetic)
         everything = torch.arange(len(labels), device=self._device)
         synthetic = Embedded(embeddings, dict.fromkeys(stage.held, everything), labels, c)

@@ -30,7 +30,6 @@ Where the paper is silent or contradicts itself:
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Literal
 
 import torch
@@ -39,9 +38,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 
 from fedxmr.learners.coordination import Batch, Route, Samples
-from fedxmr.learners.cosine import cosine, unit_rows
-from fedxmr.learners.training import Losses, Network, OptimizerConfig, linear, restore, snapshot
-from fedxmr.types import DataSpec, Fit, Items, Proximal, State
+from fedxmr.learners.cosine import unit_rows
+from fedxmr.learners.neural import NeuralLearner
+from fedxmr.learners.pairwise import pairwise_loss
+from fedxmr.learners.training import Losses, Network, OptimizerConfig, layers
+from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 
 class MCCNConfig(BaseModel):
@@ -113,21 +114,6 @@ def all_pairs_loss(distance: Tensor, own: Tensor, wrong: Tensor, scale: float, m
     return _softplus(positive + scale * margin + negative)
 
 
-def pairwise_loss(embeddings: Tensor, classes: Tensor, modality: Tensor, weight: Tensor) -> Tensor:
-    """l2 of DSCMR: over unordered modality pairs, one with itself too, the mean of log(1 + e^G) - S G -> scalar.
-
-    G is half the cosine of two embeddings, S = [they share a class]. embeddings [N, k], classes [N, C] bool.
-    modality [N]: which one each is of. weight [N]: 1 / the number of that modality.
-    """
-    unit = unit_rows(embeddings)
-    gamma = unit @ unit.T / 2
-    target = classes.to(unit.dtype)
-    similar = (target @ target.T).clamp(max=1)
-    # all pairs of rows hold a block of two modalities twice, one of a modality with itself once
-    block = torch.where(modality[:, None] == modality, 1.0, 0.5) * torch.outer(weight, weight)
-    return ((F.softplus(gamma) - similar * gamma) * block).sum()
-
-
 def _masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
     """logsumexp over the last dimension where mask holds; of nothing, a large negative number with no gradient.
 
@@ -141,23 +127,19 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=50)
 
 
-class MCCN:
+class MCCN(NeuralLearner):
     """The learner. Its parameters: `towers.<modality>` and `common`, each `.weight` and `.bias`, and `prototypes`."""
 
     Config = MCCNConfig
-
-    statistics: frozenset[str] = frozenset()
 
     def __init__(self, config: MCCNConfig, spec: DataSpec, device: torch.device, rng: Generator | None) -> None:
         self._config = config
         self._device = device
         widest = max(spec.dims.values())
         self._inputs = {m: widest if config.route == "padded" else d for m, d in spec.dims.items()}
-        layers = {f"towers.{m}": (self._inputs[m], config.hidden) for m in sorted(spec.dims)}
-        layers["common"] = (config.hidden, config.width)
-        parameters = {}
-        for name, (inputs, outputs) in layers.items():
-            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+        sizes = {f"towers.{m}": (self._inputs[m], config.hidden) for m in sorted(spec.dims)}
+        sizes["common"] = (config.hidden, config.width)
+        parameters = layers(sizes, rng, device)
         prototypes = frozenset({"prototypes"} if config.loss == "clustering" else ())
         for name in prototypes:
             parameters[name] = torch.zeros(spec.num_classes, config.width, device=device)
@@ -186,28 +168,10 @@ class MCCN:
         with self._network.training(proximal) as step:
             for _ in range(epochs):
                 for batch in samples.epoch(rng):
-                    loss, reported = self._loss(self._embed(data, batch), batch, started)
+                    loss, reported = self._loss(self._embed_batch(data, batch), batch, started)
                     step(loss)
                     losses.add(reported, len(batch.weight))
         return losses.fit()
-
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d] features -> [n, width] float32 in the common subspace, on the learner's device."""
-        with torch.no_grad():
-            return torch.cat([self._encode(modality, part.to(self._device)) for part in torch.split(x, 4096)])
-
-    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:  # noqa: ARG002
-        """Cosines, [q, width] and [g, width] -> [q, g]; the direction does not matter."""
-        return cosine(query, gallery)
-
-    def state(self, names: Collection[str] | None = None) -> State:
-        """Parameters and moments, copied; or those of them that are named."""
-        live = self._network.live()
-        return snapshot(live if names is None else {name: live[name] for name in names})
-
-    def load(self, state: State) -> None:
-        """Take over part or all of a state; ValueError, loading nothing, where a name, shape or dtype is wrong."""
-        restore(self._network.live(), state)
 
     def _start(self, data: Items, proximal: Proximal | None) -> Tensor:
         """Set the prototypes that are zero to their class means in `data` -> [C] bool, those that there are now."""
@@ -251,11 +215,11 @@ class MCCN:
         each = per_sample_loss(distance.detach(), batch.classes, wrong, config.scale, config.margin)
         return loss, each.mean()
 
-    def _embed(self, data: Items, batch: Batch) -> Tensor:
+    def _embed_batch(self, data: Items, batch: Batch) -> Tensor:
         hidden = [self._tower(tower, data.features[source][rows]) for tower, source, rows in batch.parts]
         return self._network.linear("common", torch.cat(hidden)).relu()
 
-    def _encode(self, modality: str, x: Tensor) -> Tensor:
+    def _embed(self, modality: str, x: Tensor) -> Tensor:
         return self._network.linear("common", self._tower(modality, x)).relu()
 
     def _tower(self, modality: str, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every neural learner shares: batches, named parameters with their optimiser, and the loss of a stage.
+"""What training takes: batches, named parameters with their optimiser, and the loss of a stage.
 
 A learner's `fit` reads
 
@@ -59,6 +59,14 @@ def linear(inputs: int, outputs: int, rng: Generator | None, device: torch.devic
         weight.uniform_(-bound, bound, generator=rng)
         bias.uniform_(-bound, bound, generator=rng)
     return weight.to(device), bias.to(device)
+
+
+def layers(sizes: Mapping[str, tuple[int, int]], rng: Generator | None, device: torch.device) -> dict[str, Tensor]:
+    """`<name>.weight` and `<name>.bias` of every layer, name -> (inputs, outputs), drawn by `linear` in their order."""
+    parameters = {}
+    for name, (inputs, outputs) in sizes.items():
+        parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+    return parameters
 
 
 def snapshot(live: Mapping[str, Tensor]) -> State:

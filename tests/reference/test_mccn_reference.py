@@ -10,7 +10,8 @@ import torch
 
 from fedxmr.learners.coordination import padding, walk
 from fedxmr.learners.dscmr import dscmr_loss
-from fedxmr.learners.mccn import MCCN, MCCNConfig, all_pairs_loss, distances, pairwise_loss, per_sample_loss
+from fedxmr.learners.mccn import MCCN, MCCNConfig, all_pairs_loss, distances, per_sample_loss
+from fedxmr.learners.pairwise import pairwise_loss
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items, Proximal
 
