@@ -383,15 +383,17 @@ class JFSE(NeuralLearner):
         synthetic = Embedded(embeddings, dict.fromkeys(stage.held, everything), labels, c)
         return torch.stack([*terms, self._embedding_loss(synthetic, synthetic.cycle(), reversal)]).sum()
 
-    def _embedding_loss(self, of: Embedded, cycle: Tensor, reversal: float) -> Tensor:
+    def _embedding_loss(self, embedded: Embedded, cycle: Tensor, reversal: float) -> Tensor:
         """L = beta L_DA + gamma L_ADV + lambda L_CYC; the gradient of L_ADV is reversed before the discriminator."""
         config = self._config
         terms = [config.lambda_ * cycle] if config.lambda_ else []
-        if len(of.embeddings) > 1:
+        if len(embedded.embeddings) > 1:
             if config.gamma:
-                logits = [self._discriminate(scale_gradient(e, -reversal)) for e in of.embeddings.values()]
-                terms.append(config.gamma * modality_loss(logits, [self._modalities.index(m) for m in of.embeddings]))
+                logits = [self._discriminate(scale_gradient(e, -reversal)) for e in embedded.embeddings.values()]
+                terms.append(
+                    config.gamma * modality_loss(logits, [self._modalities.index(m) for m in embedded.embeddings])
+                )
             if config.beta and config.alignment:
-                pairs = [of.pair(a, b) for a, b in combinations(of.embeddings, 2)]
+                pairs = [embedded.pair(a, b) for a, b in combinations(embedded.embeddings, 2)]
                 terms += [config.beta * SCHEMES[scheme](pair) for scheme in config.alignment for pair in pairs]
         return torch.stack(terms).sum() if terms else cycle.new_zeros(())
