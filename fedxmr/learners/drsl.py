@@ -46,7 +46,7 @@ from torch import Generator, Tensor
 from torch.autograd.function import FunctionCtx
 
 from fedxmr.learners.neural import NeuralLearner
-from fedxmr.learners.training import Decay, Losses, Network, OptimizerConfig, batches, layers
+from fedxmr.learners.training import Losses, Network, StandardAdamConfig, batches, layers
 from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 Fusion = Literal["concatenate", "multiply", "add", "subtract"]
@@ -55,13 +55,6 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 
 _CPU_TILE, _GPU_TILE = 1 << 18, 1 << 26
 """Hidden units in a tile of pairs: 1 MB of float32 stays in a core's cache; a GPU wants few large kernels (256 MB)."""
-
-
-class DRSLOptimizer(OptimizerConfig):
-    """Adam as torch has it, with the paper's learning rate."""
-
-    lr: float = Field(1e-4, gt=0, description="learning rate")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates of the two moments")
 
 
 class DRSLConfig(BaseModel):
@@ -84,7 +77,7 @@ class DRSLConfig(BaseModel):
         False, description="report L / (p (1 - p)), p the mean of S: fewer classes alone make p, and so L, larger"
     )
     batch_size: int = Field(100, ge=1, le=1 << 31, description="rows of each modality per step")
-    optimizer: DRSLOptimizer = Field(DRSLOptimizer(), description="what trains all parameters")
+    optimizer: StandardAdamConfig = Field(StandardAdamConfig(), description="what trains all parameters")
     keep_optimizer: bool = Field(True, description="keep the optimiser's moments from stage to stage")
 
 

@@ -41,7 +41,7 @@ from fedxmr.learners.coordination import Batch, Route, Samples
 from fedxmr.learners.cosine import unit_rows
 from fedxmr.learners.neural import NeuralLearner
 from fedxmr.learners.pairwise import pairwise_loss
-from fedxmr.learners.training import Losses, Network, OptimizerConfig, layers
+from fedxmr.learners.training import Losses, Network, StandardAdamConfig, layers
 from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 
@@ -72,9 +72,7 @@ class MCCNConfig(BaseModel):
     )
     eps: float | None = Field(None, gt=1, description="eq. 6's ratio; the paper has 1000; null: along edges only")
     batch_size: int = Field(128, ge=1, le=1 << 31, description="embeddings of the richest modality per step")
-    optimizer: OptimizerConfig = Field(
-        OptimizerConfig(lr=1e-4, betas=(0.9, 0.999)), description="what trains all parameters"
-    )
+    optimizer: StandardAdamConfig = Field(StandardAdamConfig(), description="what trains all parameters")
     keep_optimizer: bool = Field(True, description="keep the optimiser's moments from stage to stage")
 
     @property

@@ -42,6 +42,14 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
 
 
+class StandardAdamConfig(OptimizerConfig):
+    """Adam with torch's betas, which are its authors', and a learning rate of 1e-4."""
+
+    # fields of a class of its own: a default instance would lose them as soon as a user sets one of its numbers
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates of the two moments")
+
+
 def batches(n: int, batch_size: int, rng: Generator, device: torch.device, *, shuffle: bool = True) -> Iterator[Tensor]:
     """One epoch: [<= batch_size] int64 indices of n items. The last batch may be small; none is dropped."""
     order = torch.randperm(n, generator=rng) if shuffle else torch.arange(n)

@@ -363,3 +363,21 @@ def test_every_option_of_a_learner_is_described_and_frozen(name):
     assert config.model_config["extra"] == "forbid"
     assert config.model_config["frozen"]
     assert all(field.description for field in config.model_fields.values())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"name": "sgd"}, {"lr": 0.5}, {"betas": (0.1, 0.2)}, {"weight_decay": 0.5}],
+    ids=lambda change: next(iter(change)),
+)
+@pytest.mark.parametrize("name", sorted(LEARNERS))
+def test_changing_one_number_of_the_optimiser_keeps_the_others(name, change):
+    config = learner_class(name).Config
+    default = config().optimizer.model_dump()
+    assert set(change) <= set(default)
+    assert config(optimizer=change).optimizer.model_dump() == default | change
+
+
+@pytest.mark.parametrize("name", sorted(LEARNERS))
+def test_every_number_of_the_optimiser_is_among_those_that_are_changed(name):
+    assert set(learner_class(name).Config().optimizer.model_dump()) == {"name", "lr", "betas", "weight_decay"}

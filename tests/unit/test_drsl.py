@@ -76,11 +76,6 @@ def test_the_defaults_are_the_papers():
     assert (config.optimizer.lr, config.optimizer.betas) == (1e-4, (0.9, 0.999))
 
 
-def test_changing_one_number_of_the_optimiser_keeps_the_others():
-    assert DRSLConfig(optimizer={"weight_decay": 0.1}).optimizer.lr == 1e-4
-    assert DRSLConfig(optimizer={"lr": 1e-3}).optimizer.betas == (0.9, 0.999)
-
-
 @pytest.mark.parametrize(
     "bad", [{"fusion": "concat"}, {"width": 0}, {"hidden": [0]}, {"pos_weight": 0}, {"batch_size": 0}, {"wdith": 3}]
 )
