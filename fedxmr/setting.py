@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import chain
 
 import torch
 
@@ -100,9 +99,8 @@ def own_device(config: Config) -> torch.device:
 
 
 def owned_names(shared: frozenset[str], learner: Learner, held: tuple[str, ...]) -> frozenset[str]:
-    """The shared names that a client holding these modalities trains: all but those of modalities it lacks."""
-    lacking = (names for modality, names in learner.by_modality.items() if modality not in held)
-    return shared - frozenset(chain.from_iterable(lacking))
+    """The shared names that a client holding these modalities trains."""
+    return shared & learner.owned(held)
 
 
 def build_learner(config: LearnerConfig, spec: DataSpec, device: torch.device, rng: torch.Generator | None) -> Learner:

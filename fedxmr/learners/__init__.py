@@ -26,6 +26,6 @@ def learner_class(name: str) -> type[Learner]:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"learner {name!r}: expected package.module:Class, got {error}") from error
-    if lacking := [part for part in ("Config", "fit", "encode", "state", "load") if not hasattr(found, part)]:
+    if lacking := [part for part in ("Config", "fit", "owned", "encode", "state", "load") if not hasattr(found, part)]:
         raise InputError(f"learner {name!r}: expected a class with the methods of a learner, it lacks {lacking[0]}")
     return cast("type[Learner]", found)

@@ -34,7 +34,7 @@ sums and differences: `_PairReLU` adds the two for one tile of pairs at a time a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from itertools import combinations, islice, pairwise
 from typing import Annotated, Literal, NamedTuple
@@ -197,10 +197,13 @@ class DRSL(NeuralLearner):
         self._network = Network(parameters, config.optimizer, config.keep_optimizer)
         self.trainable = frozenset(parameters)
         self.common = frozenset(name for name in parameters if name.startswith("relations."))
-        self.by_modality = {
-            m: frozenset(name for name in parameters if all(m in pair for pair in self._trained_by(name)))
-            for m in spec.dims
-        }
+
+    def owned(self, held: Collection[str]) -> frozenset[str]:
+        """The relation networks of the pairs of what is held, and the towers they compare."""
+        pairs = list(combinations(sorted(held), 2))
+        relations = tuple(f"relations.{a}.{b}." for a, b in pairs)
+        towers = tuple(f"towers.{m}." for pair in pairs for m in pair)
+        return frozenset(name for name in self.trainable if name.startswith((*relations, *towers)))
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs. Reports the mean of L over all pairs of items seen; the proximal term is left out.
@@ -245,11 +248,6 @@ class DRSL(NeuralLearner):
             if direction == (first, second):
                 return self._relate(query, gallery, direction)
             return self._relate(gallery, query, (first, second)).T.contiguous()
-
-    def _trained_by(self, name: str) -> list[tuple[str, str]]:
-        """The pairs of modalities whose loss depends on a parameter."""
-        of = name.split(".")
-        return [pair for pair in self._pairs if (of[1] in pair if of[0] == "towers" else pair == (of[1], of[2]))]
 
     def _loss(self, x: Mapping[str, Tensor], targets: Mapping[tuple[str, str], Tensor]) -> Tensor:
         """L of a batch: features by modality, S by pair of modalities; the mean over the pairs of modalities."""

@@ -137,7 +137,6 @@ class DSCMR(NeuralLearner):
         parameters = layers(sizes, rng, device)
         self._network = Network(parameters, config.optimizer, config.keep_optimizer)
         self.trainable = frozenset(parameters)
-        self.by_modality = {m: frozenset({f"towers.{m}.weight", f"towers.{m}.bias"}) for m in self._modalities}
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs. Reports J, with l1 as if the modalities the client lacks cost what its own do.

@@ -42,7 +42,7 @@ module differ in places:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import combinations, pairwise
 from typing import Literal, NamedTuple, Self
 
@@ -211,7 +211,6 @@ class JFSE(NeuralLearner):
             f"regressors.{m}.{last}.{part}" for m in self._modalities for part in ("weight", "bias")
         )
         self.trainable = frozenset(parameters)
-        self.by_modality = {m: frozenset(self._owned(m)) for m in self._modalities}
 
     @classmethod
     def remarks(cls, config: JFSEConfig, spec: DataSpec) -> tuple[str, ...]:
@@ -220,6 +219,22 @@ class JFSE(NeuralLearner):
             return ()
         made_up = f"made-up orthonormal ones (seed {config.class_seed}) stand in, which say nothing about the classes"
         return (f"jfse: the data set has no class vectors; {made_up}",)
+
+    def owned(self, held: Collection[str]) -> frozenset[str]:
+        """The networks of what is held. L_ADV and L_DA need two modalities: alone, one has no use for the rest."""
+        several = len(held) > 1
+
+        def trains(name: str) -> bool:
+            kind, modality, *_ = name.split(".")
+            match kind:
+                case "discriminator":
+                    return several
+                case "regressors":
+                    return modality in held and (several or self._config.lambda_ > 0)
+                case _:
+                    return modality in held
+
+        return frozenset(filter(trains, self.trainable))
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs. Reports L_CYC of true features, which is >= 0 as the critics' losses are not.
@@ -276,13 +291,6 @@ class JFSE(NeuralLearner):
         kind = name.partition(".")[0]
         return {"generators": self._config.synthesis, "critics": self._config.synthesis,
                 "discriminator": self._config.gamma > 0}.get(kind, True)  # fmt: skip
-
-    def _owned(self, modality: str) -> Iterator[str]:
-        """The names that only clients with this modality train; of two modalities the discriminator needs both."""
-        for name in self._network.parameters:
-            kind, of, *_ = name.split(".")
-            if len(self._modalities) == 2 if kind == "discriminator" else of == modality:
-                yield name
 
     # what is trained on
 

@@ -145,7 +145,6 @@ class MCCN(NeuralLearner):
         self.common = frozenset({"common.weight", "common.bias"}) | prototypes
         self.trainable = frozenset(parameters)
         self.by_class = prototypes
-        self.by_modality = {m: frozenset({f"towers.{m}.weight", f"towers.{m}.bias"}) for m in spec.dims}
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs, starting the prototypes that have not been. Reports the mean loss per embedding.

@@ -16,13 +16,22 @@ _CHUNK = 4096
 
 
 class NeuralLearner:
-    """The part of `types.Learner` that does not depend on the method; a subclass sets _network and _device."""
+    """The part of `types.Learner` that does not depend on the method; a subclass sets what is declared here."""
 
     _network: Network
     _device: torch.device
 
+    trainable: frozenset[str]
+
     statistics: frozenset[str] = frozenset()
     by_class: frozenset[str] = frozenset()
+
+    def owned(self, held: Collection[str]) -> frozenset[str]:
+        """All but the towers of other modalities. For learners any modality of which trains all that is not a tower."""
+        towers = tuple(f"towers.{m}." for m in held)
+        return frozenset(
+            name for name in self.trainable if held and (name.startswith(towers) or not name.startswith("towers."))
+        )
 
     def encode(self, modality: str, x: Tensor) -> Tensor:
         """[n, d] features -> [n, k] float32, what `similarity` compares, on the learner's device."""

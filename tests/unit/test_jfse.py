@@ -106,8 +106,9 @@ def test_fedcmr_shares_the_regressors_last_layers_and_fedavg_everything():
     model = learner(layers=3)
     assert model.common == {f"regressors.{m}.2.{part}" for m in SPEC.dims for part in ("weight", "bias")}
     assert kinds(model.trainable) == {"regressors", "generators", "critics", "discriminator"}
-    assert kinds(model.by_modality["text"]) == kinds(model.trainable)
-    assert not {name for name in model.by_modality["text"] if "image" in name}
+    of_images = {name for name in model.trainable if "image" in name}
+    discriminator = {name for name in model.trainable if "discriminator" in name}
+    assert model.owned({"text"}) == model.trainable - of_images - discriminator
     assert "epochs" in model.state()
     assert {f"optimizer.exp_avg_sq.{name}" for name in model.trainable} <= model.state().keys()
 
@@ -382,10 +383,19 @@ def test_three_modalities():
     after, changed = trained(data, spec=spec, alignment=list(SCHEMES))
     assert changed == {name for name in after if not name.startswith("optimizer.")}
     assert after["discriminator.2.weight"].shape == (2, 4)
-    # two of them suffice for the discriminator, so it is nobody's own
-    assert "discriminator" not in kinds(learner(spec).by_modality["audio"])
-    _, changed = trained(items(spec=spec, modalities=("audio", "text")), spec=spec)
-    assert "discriminator" in kinds(changed)
+
+
+@pytest.mark.parametrize("held", [("audio",), ("text",), ("audio", "text"), ("audio", "image", "text")], ids="+".join)
+@pytest.mark.parametrize(
+    "switches",
+    [{}, {"synthesis": False}, {"lambda": 0}, {"lambda": 0, "synthesis": False}, {"gamma": 0}, {"alignment": []}],
+    ids=str,
+)
+def test_what_a_client_owns_is_what_it_trains_under_every_switch(held, switches):
+    # any two modalities suffice for the discriminator; one alone leaves it untouched, which no mean may count
+    spec = DataSpec({"audio": 4, "image": 5, "text": 3}, 4, VECTORS)
+    _, changed = trained(items(spec=spec, modalities=held), spec=spec, **switches)
+    assert changed - {"epochs"} == learner(spec, **switches).owned(held)
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden():

@@ -94,7 +94,7 @@ def test_fedcmr_shares_the_common_layer_and_the_prototypes():
     assert names.by_class == {"prototypes"}
     towers = {f"towers.{m}.{part}" for m in SPEC.dims for part in ("weight", "bias")}
     assert names.trainable == names.common | towers
-    assert names.by_modality["text"] == {"towers.text.weight", "towers.text.bias"}
+    assert names.owned({"text"}) == names.common | {"towers.text.weight", "towers.text.bias"}
 
 
 def test_without_clustering_there_are_no_prototypes_and_it_trains():
