@@ -162,7 +162,12 @@ class Learner(Encoder, Protocol):
     def __init__(self, config: Any, spec: DataSpec, device: torch.device, rng: Generator | None) -> None: ...
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
-        """Train on `data` for some epochs; batches and noise come from `rng` (a CPU generator)."""
+        """Train on `data` for some epochs; batches and noise come from `rng` (a CPU generator).
+
+        0 epochs take no step, train nothing and change no other names than `by_class` ones: they set what depends on
+        the first data a learner sees (prototypes that start at class means, say). A client asks for them with all its
+        items before each round's W_0 is recorded, so where there is nothing to set they must cost next to nothing.
+        """
         ...
 
     def owned(self, held: Collection[str]) -> frozenset[str]:

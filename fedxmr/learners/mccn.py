@@ -22,7 +22,11 @@ Where the paper is silent or contradicts itself:
   modalities; from then on it is trained like a weight. While zero it is nobody's wrong prototype. So "not yet started"
   is part of the state, a row nobody owns stays zero in the federation, and a client that joins late goes on from the
   prototypes it receives. With a proximal term a row starts at the minimum of |o - mean|^2 / 2 + mu |o - anchor|^2 / 2.
-  FedCMR's W_0 is recorded before a stage, so eq. 6 takes a row's start for a change: W_0 is zero there.
+  Departs from starting the rows of classes that nobody has met at random unit vectors, which would repel from the
+  start: under label skew zero rows did better. So a client with one class alone has nothing wrong in its first round
+  and loss 0, for which FedCMR's weights, eq. 4 and 5, favour it in that round.
+- The paper's "mean of embeddings" is taken once; prototypes that are computed anew every epoch, or as a moving average,
+  are not offered.
 - Reported is the mean per-sample loss, also where the loss is eq. 11's: that one grows with the batch and the classes.
 - Without clustering (`loss: pairwise`, Table 5's "w/o MCC") the loss is l2 of DSCMR, the "pair-wise constraints" of
   [47], and there are no prototypes.
@@ -147,7 +151,7 @@ class MCCN(NeuralLearner):
         self.by_class = prototypes
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
-        """Train for some epochs, starting the prototypes that have not been. Reports the mean loss per embedding.
+        """Start the prototypes that have not been, then train for some epochs. Reports the mean loss per embedding.
 
         So clients with few modalities and with many are comparable; with the same number of embeddings in each of M
         modalities, and paired per sample, it is L / M. Of `loss: pairwise` it is the mean over pairs of modalities.
@@ -160,6 +164,8 @@ class MCCN(NeuralLearner):
         if not data.modalities:
             return losses.fit()
         started = self._start(data, proximal)
+        if not epochs:
+            return losses.fit()
         config = self._config
         samples = Samples(data, config.batch_size, coordinate=config.coordinate, route=config.route, eps=config.eps)
         with self._network.training(proximal) as step:

@@ -303,6 +303,17 @@ class LearnerContract:
         for name in learner.trainable - learner.owned(data.modalities):
             assert torch.equal(before[name], after[name])
 
+    @pytest.mark.parametrize("draw", [problem, unpaired, lambda: problem(labels=several())])
+    def test_no_epochs_take_no_step(self, make, draw):
+        learner = make()
+        for round in range(2):
+            before = learner.state()
+            fit = learner.fit(draw(), 0, generator(round, "fit"))
+            assert (fit.loss, fit.loss_sum, fit.trained) == (0.0, 0.0, False)
+            after = learner.state()
+            changed = {name for name in after if not torch.equal(before[name], after[name])}
+            assert changed <= (learner.by_class if round == 0 else set())  # what is set is set once
+
     @pytest.mark.parametrize("held", [h for k in range(4) for h in combinations(THREE.dims, k)], ids="+".join)
     def test_what_a_client_owns_is_what_it_trains(self, make, held):
         learner = make(spec=THREE)

@@ -372,7 +372,9 @@ def test_clients_that_own_different_classes_average_the_rows_they_own():
     for round in range(2):
         before, updates = [], []
         for client, (model, data) in enumerate(zip(clients, shards, strict=True)):
+            model.fit(data, 0, generator(round, "start"))
             before.append(model.state(server))
+            assert before[-1]["prototypes"][counts[client] > 0].any(1).all()  # its start is in W_0, so no change
             fit = model.fit(data, 1, generator(round, "fit"))
             updates.append(Contribution(client, len(data), counts[client], fit.loss, model.state(server)))
         server = combine(server, updates, torch.tensor([0.25, 0.75]), clients[0].by_class)
