@@ -8,10 +8,10 @@ another's. Retrieval ranks by the cosine. Per batch, `critic_steps` steps of the
     critics  max  E D(x, c) - E D(x~, c) - a E(||grad D(x^, c)|| - 1)^2,  x^ between x and x~           (eq. 1-3)
     joint    min  L_true + L_synthetic - E D(x~, c)                                                      (eq. 16)
              L    = beta L_DA + gamma L_ADV + lambda L_CYC                                               (eq. 5-15)
-             L_CYC = sum over m of E ||c - e_m||^2,  L_ADV the discriminator's cross entropy
+             L_CYC = sum over m of E ||c - e_m||^2 / s,  L_ADV the discriminator's cross entropy
 
-with L_true of e = R_m(x) and L_synthetic of e = R_m(x~). The paper, the authors' code (CFM-MSG/Code_JFSE) and this
-module differ in places:
+with s the width of c, L_true of e = R_m(x) and L_synthetic of e = R_m(x~). The paper, the authors' code
+(CFM-MSG/Code_JFSE) and this module differ in places:
 - Eq. 16 lets the discriminator ascend gamma L_ADV, which is consistent only if L_ADV were its success; eq. 14 is its
   cross entropy, its arguments swapped. As in the code, D_M descends the cross entropy and all before it ascend, times
   the usual ramp 2 / (1 + exp(-10 epoch / `ramp`)) - 1.
@@ -19,9 +19,9 @@ module differ in places:
   generators' (`generator`); the paper has 1 for both. Weights default to the code's. A single backward pass does all
   of it: gradients are rescaled where they pass from D_M to R and from R to G. So generators, regressors and
   discriminator move at once, as in the code; Algorithm 1 moves them one after the other.
-- The code's weights go with class vectors in [0, 1] and an L_CYC that is a mean over dimensions. Here L_CYC is eq. 15
-  as printed, and class vectors have length 1, which makes the two about as large; of the code's mean, lambda is 1 /
-  width.
+- L_CYC is a mean over dimensions, as in the code, whose weights go with it; eq. 15 prints the sum, which lambda = s
+  would give, and under which the code's beta and gamma do next to nothing. The code's class vectors are in [0, 1], as
+  with `embedding: relu`; of length 1, the default, they make L_CYC smaller, so that beta and gamma count for more.
 - The paper ends regressors and generators in a ReLU, out of whose reach negative coordinates are; the code rescales
   class vectors and features to [0, 1] in every batch, so that targets move. Here both end linearly by default. With
   `embedding: relu` class vectors are scaled to [0, 1] per dimension, once, over all classes, seen and unseen;
@@ -93,7 +93,9 @@ class JFSEConfig(BaseModel):
     alignment: tuple[Scheme, ...] = Field(("cmpm",), description="the schemes that L_DA sums; none of them: []")
     beta: float = Field(1e-4, ge=0, description="weight of L_DA; the paper's grid is .001 to 1000")
     gamma: float = Field(0.01, ge=0, description="weight of L_ADV; the same grid")
-    lambda_: float = Field(1.0, alias="lambda", ge=0, description="weight of L_CYC; the same grid")
+    lambda_: float = Field(
+        1.0, alias="lambda", ge=0, description="weight of L_CYC; the same grid, for a sum over dimensions"
+    )
     synthetic: float = Field(0.01, gt=0, description="weight of synthetic terms for regressors; 1 in the paper")
     generator: float = Field(0.1, ge=0, description="weight of the terms of embeddings for generators; 1 in the paper")
     discriminator: tuple[PositiveInt, PositiveInt] = Field(
@@ -120,8 +122,11 @@ class JFSEConfig(BaseModel):
 
 
 def cycle_loss(embeddings: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Eq. 15 for one set of embeddings: the sum over modalities of mean_i ||c_i - e_i||^2; per modality [n_m, s]."""
-    return torch.stack([(e - c).square().sum(1).mean() for e, c in zip(embeddings, targets, strict=True)]).sum()
+    """Eq. 15 over s for one set of embeddings: the sum over modalities of mean_i ||c_i - e_i||^2 / s.
+
+    Per modality [n_m, s], n_m > 0.
+    """
+    return torch.stack([F.mse_loss(e, c) for e, c in zip(embeddings, targets, strict=True)]).sum()
 
 
 def orthonormal(rows: int, width: int, seed: int) -> Tensor:
@@ -239,9 +244,9 @@ class JFSE(NeuralLearner):
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs. Reports L_CYC of true features, which is >= 0 as the critics' losses are not.
 
-        It is the mean over the modalities a batch has, times the number of all: a client with one modality of two and
-        one with both are comparable, and the latter reports L_CYC itself. Items of no class or of an unseen one are
-        left out.
+        Whatever the weights, it is the mean squared error of a coordinate, summed over modalities: of those a batch
+        has, times the number of all over theirs. So a client with one modality of two and one with both are comparable.
+        Items of no class or of an unseen one are left out.
         """
         config = self._config
         losses = Losses(self._device)

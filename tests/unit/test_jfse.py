@@ -155,7 +155,7 @@ def test_without_cycle_the_report_still_is_the_cycle_of_true_features():
     data = items()
     model = learner(**options)
     targets = torch.nn.functional.normalize(VECTORS)[data.labels.long().argmax(1)]
-    expected = sum(float((model.encode(m, x) - targets).square().sum(1).mean()) for m, x in data.features.items())
+    expected = sum(float((model.encode(m, x) - targets).square().mean()) for m, x in data.features.items())
     for weight in (0, 1, 7):
         fit = learner(**options | {"lambda": weight}).fit(data, 2, generator(0, "fit"))
         assert fit.loss == pytest.approx(expected, rel=1e-5)
@@ -335,7 +335,7 @@ def test_a_client_with_one_modality_trains_its_own_networks_alone_and_reports_tw
     options = {"optimizer": {"lr": 1e-30}, "batch_size": 12}
     model = learner(**options)
     targets = model._targets(data.labels)
-    cycle = float((model.encode("text", data.features["text"]) - targets).square().sum(1).mean())
+    cycle = float((model.encode("text", data.features["text"]) - targets).square().mean())
     assert model.fit(data, 1, generator(0, "fit")).loss == pytest.approx(2 * cycle, rel=1e-5)
 
 
