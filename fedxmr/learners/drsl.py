@@ -34,7 +34,7 @@ sums and differences: `_PairReLU` adds the two for one tile of pairs at a time a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, islice, pairwise
 from typing import Annotated, Literal, NamedTuple
@@ -74,7 +74,7 @@ class DRSLConfig(BaseModel):
     )
     pos_weight: float = Field(1.0, gt=0, description="weight of the error at S = 1, relative to that at S = 0")
     relative_loss: bool = Field(
-        False, description="report L / (p (1 - p)), p the mean of S: fewer classes alone make p, and so L, larger"
+        False, description="report L over that of the best constant R: fewer classes alone make both larger"
     )
     batch_size: int = Field(100, ge=1, le=1 << 31, description="rows of each modality per step")
     optimizer: StandardAdamConfig = Field(StandardAdamConfig(), description="what trains all parameters")
@@ -172,6 +172,22 @@ def drsl_loss(related: Tensor, similar: Tensor, pos_weight: float = 1.0) -> Tens
     return error.mean() if pos_weight == 1 else (error * (1 + (pos_weight - 1) * similar)).mean()
 
 
+def powers(similar: Tensor) -> Tensor:
+    """[3] float64, the means of S, S^2 and S^3 over the pairs of a batch."""
+    s = similar.double()
+    return torch.stack([s.mean(), s.square().mean(), (s * s * s).mean()])
+
+
+def constant_loss(means: Sequence[float], pos_weight: float = 1.0) -> float:
+    """The least L that an R equal for all pairs has, from the means of S, S^2 and S^3; p (1 - p) where S is 0 or 1.
+
+    The minimum over r of the mean of a (r - S)^2 with a = 1 + (pos_weight - 1) S is E[a S^2] - E[a S]^2 / E[a].
+    """
+    first, second, third = means
+    more = pos_weight - 1
+    return second + more * third - (first + more * second) ** 2 / (1 + more * first)
+
+
 class DRSL(NeuralLearner):
     """The learner.
 
@@ -212,7 +228,8 @@ class DRSL(NeuralLearner):
         """
         config = self._config
         pairs = list(combinations(data.modalities, 2))
-        losses, similar = Losses(self._device), Losses(self._device)
+        losses = Losses(self._device)
+        means, seen = torch.zeros(3, dtype=torch.float64, device=self._device), 0
         if not pairs:
             return losses.fit()
         data = data.to(self._device)
@@ -229,10 +246,12 @@ class DRSL(NeuralLearner):
                     count = sum(s.numel() for s in targets.values())
                     losses.add(loss, count)
                     if config.relative_loss:
-                        similar.add(torch.stack([s.mean() for s in targets.values()]).mean(), count)
+                        means += count * torch.stack([powers(s) for s in targets.values()]).mean(0)
+                        seen += count
         fit = losses.fit()
-        if config.relative_loss and 0 < (p := similar.fit().loss) < 1:
-            fit = replace(fit, loss=fit.loss / (p * (1 - p)), loss_sum=fit.loss_sum / (p * (1 - p)))
+        # 1e-12: where S is the same for all pairs, rounding may leave something
+        if seen and (least := constant_loss((means / seen).tolist(), config.pos_weight)) > 1e-12:
+            fit = replace(fit, loss=fit.loss / least, loss_sum=fit.loss_sum / least)
         return fit
 
     def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:
