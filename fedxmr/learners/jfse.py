@@ -25,7 +25,10 @@ with s the width of c, L_true of e = R_m(x) and L_synthetic of e = R_m(x~). The 
 - The paper ends regressors and generators in a ReLU, out of whose reach negative coordinates are; the code rescales
   class vectors and features to [0, 1] in every batch, so that targets move. Here both end linearly by default. With
   `embedding: relu` class vectors are scaled to [0, 1] per dimension, once, over all classes, seen and unseen;
-  `features: relu` is for features that are >= 0.
+  `features: relu` is for features that are >= 0; to scale others to [0, 1], fitted on training items, is not offered,
+  for a common scaling would need every client's extremes, which are features of single items.
+- Embeddings are ranked as they are. The code also scales them by mean and deviation over the test set, and takes the
+  best of four variants there.
 - Every critic step has noise of its own; the code repeats one draw. The slope of a critic of two layers has a closed
   form, which is differentiated in place of a second backward pass. Its last layer has no bias: no loss depends on
   one.
@@ -71,7 +74,9 @@ class JFSEConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
-    hidden: int = Field(512, ge=1, le=1 << 20, description="width of the hidden layers of all but the discriminator")
+    hidden: int = Field(
+        512, ge=1, le=1 << 20, description="width of all hidden layers but the discriminator's; 4096 in paper and code"
+    )
     layers: int = Field(2, ge=1, le=8, description="layers of a regressor: 2 in the code, 3 in the paper")
     embedding: Literal["linear", "relu"] = Field(
         "linear", description="a regressor's end; relu is the paper's, with class vectors scaled to [0, 1]"
