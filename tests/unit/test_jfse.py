@@ -302,7 +302,7 @@ def test_a_client_can_imagine_the_classes_it_lacks():
     assert same(trained(data)[0], trained(data, imagine="missing")[0])  # it lacks none
 
 
-def test_regressors_learn_where_an_unseen_class_belongs_from_what_is_imagined():
+def test_regressors_carry_over_to_unseen_classes_what_they_know_of_seen_ones():
     # features are a linear image of the class vector: what is known of seen classes carries over
     g = generator(0, "semantic")
     vectors = torch.randn(30, 5, generator=g)
@@ -321,7 +321,9 @@ def test_regressors_learn_where_an_unseen_class_belongs_from_what_is_imagined():
     test = draw(24 + torch.arange(60) % 6)
     image, text = (model.encode(m, test.features[m]) for m in ("image", "text"))
     nearest = model.similarity(image, text, ("image", "text")).argmax(1)
-    assert float((test.labels[nearest] & test.labels).any(1).float().mean()) > 0.6  # chance is 1/6
+    right = float((test.labels[nearest] & test.labels).any(1).float().mean())
+    chance = 1 / 6
+    assert right > chance + 5 * math.sqrt(chance * (1 - chance) / len(test))  # standard deviations of a guesser
 
 
 # clients that lack things

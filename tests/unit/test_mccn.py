@@ -63,11 +63,12 @@ def finite(model):
     return all(torch.isfinite(t).all() for t in model.state().values())
 
 
-def test_the_defaults_are_the_papers_but_for_pairing_scale_and_walk():
+def test_the_defaults_are_the_papers_but_for_pairing_scale_walk_and_route():
     config = MCCNConfig()
     assert (config.hidden, config.width, config.batch_size, config.m) == (2048, 1024, 128, 0.2)
     assert (config.optimizer.lr, config.optimizer.betas) == (1e-4, (0.9, 0.999))
-    assert (config.pairing, config.route, config.eps, config.coordinate) == ("per_sample", "source", None, True)
+    assert (config.pairing, config.scale, config.eps) == ("per_sample", 4.0, None)
+    assert (config.route, config.coordinate) == ("source", True)
 
 
 @pytest.mark.parametrize(
