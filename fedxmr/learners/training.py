@@ -128,10 +128,13 @@ class Network:
         proximal term. A parameter a batch's loss does not depend on rests in that step, term or no term.
         No gradient outlives the stage.
         """
-        moments = self._fresh_moments() if self._kept is None else self._kept
+        moments = self._kept
         anchor = self._on_device(proximal.anchor) if proximal else {}
 
         def step(loss: Tensor) -> None:
+            nonlocal moments
+            if moments is None:  # not before there is a step: a stage of no epochs is to cost nothing
+                moments = self._fresh_moments()
             self._drop_gradients()
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
