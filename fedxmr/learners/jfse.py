@@ -22,6 +22,8 @@ with s the width of c, L_true of e = R_m(x) and L_synthetic of e = R_m(x~). The 
 - L_CYC is a mean over dimensions, as in the code, whose weights go with it; eq. 15 prints the sum, which lambda = s
   would give, and under which the code's beta and gamma do next to nothing. The code's class vectors are in [0, 1], as
   with `embedding: relu`; of length 1, the default, they make L_CYC smaller, so that beta and gamma count for more.
+  FedProx's mu and a weight decay stand against this smaller loss: mu = .2 / s does what .2 did beside the sum, and the
+  preset's .2 keeps the networks of length-1 vectors where they start.
 - The paper ends regressors and generators in a ReLU, out of whose reach negative coordinates are; the code rescales
   class vectors and features to [0, 1] in every batch, so that targets move. Here both end linearly by default. With
   `embedding: relu` class vectors are scaled to [0, 1] per dimension, once, over all classes, seen and unseen;
