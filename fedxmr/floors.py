@@ -82,35 +82,37 @@ class RidgeToClassVectors:
         return cosine(query, gallery)
 
 
-def chance(of: Protocol) -> dict[Task, Scores]:
+def chance(protocol: Protocol) -> dict[Task, Scores]:
     """The expected mAP of random rankings, by task and direction."""
     found = {}
-    for task, ranked in of.tasks.items():
+    for task, ranked in protocol.tasks.items():
         by_direction = {}
-        for direction, (queries, gallery) in judged(of.train, of.test, ranked).items():
+        for direction, (queries, gallery) in judged(protocol.train, protocol.test, ranked).items():
             relevant = relevance(queries, gallery).sum(1)
             by_direction[key(direction)] = float(chance_precision(relevant[relevant > 0], len(gallery)).mean())
         found[task] = average(by_direction)
     return found
 
 
-def raw_cosine(of: Protocol, spec: DataSpec, seed: int) -> dict[Task, Scores] | None:
-    """The scores of the features themselves; None where modalities differ in width. of: raw or scaled items."""
+def raw_cosine(protocol: Protocol, spec: DataSpec, seed: int) -> dict[Task, Scores] | None:
+    """The scores of the features themselves; None where modalities differ in width. Of raw or of scaled items."""
     if len(set(spec.dims.values())) > 1:
         return None
-    return {task: evaluate_task(RawCosine(), of.train, of.test, r, seed) for task, r in of.tasks.items()}
+    return {
+        task: evaluate_task(RawCosine(), protocol.train, protocol.test, r, seed) for task, r in protocol.tasks.items()
+    }
 
 
 def ridge_to_class_vectors(
-    of: Protocol, train: Items, validation: Items, spec: DataSpec, seed: int
+    protocol: Protocol, train: Items, validation: Items, spec: DataSpec, seed: int
 ) -> dict[Task, Scores] | None:
     """The scores of ridge regression on the seen training items; None without class vectors.
 
-    of, train, validation: scaled items, the latter two of seen classes.
+    protocol, train, validation: of scaled items, the latter two of seen classes.
     """
     if spec.class_vectors is None:
         return None
     vectors = spec.class_vectors
     fitted = [RidgeToClassVectors.fitted(train, vectors, penalty) for penalty in PENALTIES]
     best = max(fitted, key=lambda model: evaluate(model, validation, seed)["average"])
-    return {task: evaluate_task(best, of.train, of.test, r, seed) for task, r in of.tasks.items()}
+    return {task: evaluate_task(best, protocol.train, protocol.test, r, seed) for task, r in protocol.tasks.items()}

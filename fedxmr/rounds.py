@@ -207,10 +207,14 @@ class Client:
         """The joint stage: the loss and the update W_t^k, or (None, {}) where this client cannot train."""
         strategy = self._config.strategy
         own = self._owned()
+        proximal = Proximal(strategy.mu, {name: task.shared[name] for name in own}) if strategy.mu and own else None
+        with clock.part("fit"):
+            # before W_0: where prototypes start is no change of the client's, and takes all its items, held back or not
+            start = generator(self._config.seed, "start", task.round, self.client)
+            self.learner.fit(self._scaled(), 0, start, proximal)
         self._before = self.learner.state(own)
         joint, _ = self._division(task.round)
         items = self._scaled() if len(joint) == len(self._raw) else self._scaled().select(joint)
-        proximal = Proximal(strategy.mu, {name: task.shared[name] for name in own}) if strategy.mu and own else None
         with clock.part("fit"):
             rng = generator(self._config.seed, "joint", task.round, self.client)
             with items.lent("the learner's fit"):

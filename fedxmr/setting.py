@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import cached_property
-from itertools import chain, permutations
+from itertools import permutations
 
 import torch
 
@@ -108,9 +108,8 @@ def own_device(config: Config) -> torch.device:
 
 
 def owned_names(shared: frozenset[str], learner: Learner, held: Collection[str]) -> frozenset[str]:
-    """The shared names that a client holding these modalities trains: all but those of modalities it lacks."""
-    lacking = (names for modality, names in learner.by_modality.items() if modality not in held)
-    return shared - frozenset(chain.from_iterable(lacking))
+    """The shared names that a client holding these modalities trains."""
+    return shared & learner.owned(held)
 
 
 def build_learner(config: LearnerConfig, spec: DataSpec, device: torch.device, rng: torch.Generator | None) -> Learner:

@@ -171,13 +171,20 @@ class Learner(Encoder, Protocol):
     """Names of sufficient statistics, for closed-form learners; empty otherwise."""
     by_class: frozenset[str]
     """Names whose rows belong to classes (prototypes, say)."""
-    by_modality: Mapping[str, frozenset[str]]
-    """Modality -> the names that only clients with that modality can train."""
 
     def __init__(self, config: Any, spec: DataSpec, device: torch.device, rng: Generator | None) -> None: ...
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
-        """Train on `data` for some epochs; batches and noise come from `rng` (a CPU generator)."""
+        """Train on `data` for some epochs; batches and noise come from `rng` (a CPU generator).
+
+        0 epochs take no step, train nothing and change no other names than `by_class` ones: they set what depends on
+        the first data a learner sees (prototypes that start at class means, say). A client asks for them with all its
+        items before each round's W_0 is recorded, so where there is nothing to set they must cost next to nothing.
+        """
+        ...
+
+    def owned(self, held: Collection[str]) -> frozenset[str]:
+        """The names that a client holding these modalities trains; of none, none. Only these count in a mean."""
         ...
 
     def state(self, names: Collection[str] | None = None) -> State:

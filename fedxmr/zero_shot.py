@@ -26,11 +26,9 @@ is in no subset, for in training it would show an unseen class. Nor is an item o
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
-from statistics import fmean, stdev
 from typing import Literal
 
 import torch
@@ -90,13 +88,13 @@ class Protocol:
     tasks: Mapping[Task, Ranked]
 
 
-def class_split(num_classes: int, rng: Generator, seen_share: float = 0.5) -> Tensor:
-    """[C] bool, which classes are seen: a random half of them, or another share, rounded to a whole number of classes.
+def class_split(num_classes: int, rng: Generator) -> Tensor:
+    """[C] bool, which classes are seen: a random half of them, of an odd number one more than are not.
 
-    Of an odd number of classes the half more is seen. Raises InputError where a side would be without classes.
+    Raises InputError where no class would be unseen.
     """
-    seen = math.floor(seen_share * num_classes + 0.5)
-    if not 0 < seen < num_classes:
+    seen = (num_classes + 1) // 2
+    if seen == num_classes:
         raise InputError(f"zero-shot: expected seen and unseen classes, got {seen} seen of {num_classes}")
     drawn = torch.randperm(num_classes, generator=rng)[:seen]
     return torch.zeros(num_classes, dtype=torch.bool).index_fill_(0, drawn, True)
@@ -183,14 +181,17 @@ def protocol(data: Dataset, task: str, on: Literal["test", "all-test"], seed: in
 
 
 def judged(train: Items, test: Items, ranked: Ranked) -> dict[tuple[str, str], tuple[Tensor, Tensor]]:
-    """By direction, the labels of a task's queries [q, C] and of its gallery [g, C]."""
-    queries, parts = _select(train, test, ranked)
-    labels = {m: torch.cat([part.labels[part.rows[m]] for part in parts if m in part.rows]) for m in train.features}
+    """By direction, the labels of a task's queries [q, C] and of its gallery [g, C]; no features are read."""
+    queries = {m: _labels(test, ranked.queries, m) for m in sorted(test.rows)}
+    gallery = {
+        m: torch.cat([_labels(train, ranked.gallery_train, m), _labels(test, ranked.gallery_test, m)])
+        for m in sorted(train.rows)
+    }
     return {
-        (query, gallery): (queries.labels[queries.rows[query]], labels[gallery])
-        for query in queries.modalities
-        for gallery in sorted(labels)
-        if gallery != query and len(labels[gallery])
+        (a, b): (asked, there)
+        for a, asked in queries.items()
+        for b, there in gallery.items()
+        if a != b and len(asked) and len(there)
     }
 
 
@@ -218,17 +219,6 @@ def evaluate_task(learner: Encoder, train: Items, test: Items, ranked: Ranked, s
     return average(found)
 
 
-def over_splits(scores: Sequence[Mapping[str, float]]) -> dict[str, tuple[float, float]]:
-    """Of the scores of each class split, by name: their mean and sample standard deviation.
-
-    Raises InputError for fewer than MIN_SPLITS of them.
-    """
-    if len(scores) < MIN_SPLITS:
-        raise InputError(f"zero-shot: expected at least {MIN_SPLITS} class splits, got {len(scores)}")
-    names = list(scores[0])
-    return {name: (fmean(s[name] for s in scores), stdev(s[name] for s in scores)) for name in names}
-
-
 def _select(train: Items, test: Items, ranked: Ranked) -> tuple[Items, tuple[Items, Items]]:
     """A task's queries, and the two parts of its gallery; the index follows the items to their device."""
     device = train.labels.device
@@ -236,6 +226,14 @@ def _select(train: Items, test: Items, ranked: Ranked) -> tuple[Items, tuple[Ite
         index.to(device) for index in (ranked.queries, ranked.gallery_train, ranked.gallery_test)
     )
     return test.select(queries), (train.select(gallery_train), test.select(gallery_test))
+
+
+def _labels(items: Items, index: Tensor, modality: str) -> Tensor:
+    """[k, C], the labels of those items at `index` that have a modality."""
+    if modality not in items.rows:
+        return items.labels[:0]
+    index = index.to(items.labels.device)
+    return items.labels[index[torch.isin(index, items.rows[modality])]]
 
 
 def _by_side(labels: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:

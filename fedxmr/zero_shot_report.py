@@ -32,27 +32,27 @@ WHICH: tuple[Literal["selected", "last"], ...] = ("selected", "last")
 
 def measure(config: Config, data: Dataset, out: Path, clients: Sequence[int]) -> dict[str, Any] | None:
     """retrieval.json's `zero_shot`; None for the standard task. data: the run's. clients: those evaluated."""
-    of, seen = sources.zero_shot(config), data.spec.seen
-    if of is None or seen is None:
+    protocol, seen = sources.zero_shot(config), data.spec.seen
+    if protocol is None or seen is None:
         return None
     return {
         "seen_classes": [name for name, is_seen in zip(data.classes, seen.tolist(), strict=True) if is_seen],
         "unseen_classes": [name for name, is_seen in zip(data.classes, seen.tolist(), strict=True) if not is_seen],
-        **{which: _models(config, of, out, clients, which) for which in WHICH},
-        "floors": _floors(config, data, of),
+        **{which: _models(config, protocol, out, clients, which) for which in WHICH},
+        "floors": _floors(config, data, protocol),
     }
 
 
 def _models(
-    config: Config, of: Protocol, out: Path, clients: Sequence[int], which: Literal["selected", "last"]
+    config: Config, protocol: Protocol, out: Path, clients: Sequence[int], which: Literal["selected", "last"]
 ) -> dict[str, Any]:
     device, own, round = own_device(config), [], 0
     for k in clients:
         model = load(out, k, which, str(device))
         round = model.round
-        train, test = model.scale(of.train).to(device), model.scale(of.test).to(device)
-        own.append({t: evaluate_task(model.learner, train, test, r, config.seed) for t, r in of.tasks.items()})
-    mean = {task: mean_scores([scores[task] for scores in own]) for task in of.tasks}
+        train, test = model.scale(protocol.train).to(device), model.scale(protocol.test).to(device)
+        own.append({t: evaluate_task(model.learner, train, test, r, config.seed) for t, r in protocol.tasks.items()})
+    mean = {task: mean_scores([scores[task] for scores in own]) for task in protocol.tasks}
     return {
         "round": round,
         "mean": mean,
@@ -60,16 +60,16 @@ def _models(
     }
 
 
-def _floors(config: Config, data: Dataset, of: Protocol) -> dict[str, Any]:
+def _floors(config: Config, data: Dataset, protocol: Protocol) -> dict[str, Any]:
     """What needs no federation: by name, those that this data set can have. Features are scaled by all that is seen."""
     how = sources.scaling(config, data)
     moments = {m: Moments.of(x) for m, x in data.train.features.items() if how[m] == "standardise"}
     scaler = Scaler.of(moments)
-    scaled = replace(of, train=scale(of.train, how, scaler), test=scale(of.test, how, scaler))
+    scaled = replace(protocol, train=scale(protocol.train, how, scaler), test=scale(protocol.test, how, scaler))
     train, validation = (scale(items, how, scaler) for items in (data.train, data.validation))
     found = {
-        "chance": floors.chance(of),
-        "raw cosine": floors.raw_cosine(of, data.spec, config.seed),
+        "chance": floors.chance(protocol),
+        "raw cosine": floors.raw_cosine(protocol, data.spec, config.seed),
         "scaled cosine": floors.raw_cosine(scaled, data.spec, config.seed),
         "ridge to class vectors": floors.ridge_to_class_vectors(scaled, train, validation, data.spec, config.seed),
     }
@@ -128,4 +128,4 @@ def splits_note(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
 
 
 def _flat(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    return {f"{task} {direction}": value for task, of in by_task.items() for direction, value in of.items()}
+    return {f"{task} {direction}": value for task, scores in by_task.items() for direction, value in scores.items()}

@@ -39,11 +39,12 @@ class Toy:
     def __init__(self, config: ToyConfig, spec: DataSpec, device: torch.device, rng: Generator | None) -> None:
         self._config = config
         self._modalities = sorted(spec.dims)
-        self.by_modality = {modality: frozenset[str]() for modality in spec.dims}
         first = torch.rand(1, generator=rng) if rng is not None else torch.empty(1)
         self._state = {"shared.w": first, "private.v": torch.zeros(1)}
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
+        if not epochs:  # nothing of it depends on the first data
+            return Fit(0.0, 0.0, trained=False)
         if self._config.abstains_without and self._config.abstains_without not in data.modalities:
             return Fit(0.0, 0.0, trained=False)
         x = data.features[data.modalities[0]][:, 0]
@@ -76,6 +77,9 @@ class Toy:
                 return ""
             self._config.once.touch()
         return how.removesuffix(" once")
+
+    def owned(self, held: Collection[str]) -> frozenset[str]:
+        return self.trainable if held else frozenset()
 
     def encode(self, modality: str, x: Tensor) -> Tensor:
         return x[:, :2] * (1 + self._modalities.index(modality)) + self._state["shared.w"]

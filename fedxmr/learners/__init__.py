@@ -31,7 +31,7 @@ def learner_class(name: str) -> type[Learner]:
         found = getattr(importlib.import_module(module), attribute)
     except (Exception, SystemExit) as error:  # a module from outside may do anything
         raise InputError(f"learner {name!r}: expected package.module:Class, got {describe(error)}") from error
-    for part in ("Config", "fit", "encode", "similarity", "state", "load"):
+    for part in ("Config", "fit", "owned", "encode", "similarity", "state", "load"):
         if not hasattr(found, part):
             raise InputError(f"learner {name!r}: expected a class with the methods of a learner, it lacks {part}")
     if not (isinstance(found.Config, type) and issubclass(found.Config, BaseModel)):
@@ -55,6 +55,8 @@ def vet(name: str, learner: Learner, spec: DataSpec) -> None:
         strange = sorted(map(str, names - state.keys()))
         expect(not strange, f"{part} to be names of its state", ", ".join(strange))
     weights = learner.trainable | learner.statistics
+    owned = learner.owned(tuple(spec.dims))
+    expect(owned <= state.keys(), "owned() to be names of its state", ", ".join(sorted(owned - state.keys())))
     expect(learner.common <= weights, "common to be trainable", ", ".join(sorted(learner.common - weights)))
     for row_wise in sorted(learner.by_class):
         shape, rows = list(state[row_wise].shape), spec.num_classes

@@ -2,6 +2,7 @@
 
 CMMD (eq. 4), CMCA (eq. 6, 7, 10) and CMPM (eq. 11, 12) are of Xu, Lin, Yang, Hanjalic and Shen, TPAMI 2022. Departures:
 - CMMD is minimised; the text says "maximize the mean discrepancy". Its kernels are TensorFlow's, as the paper says.
+  The authors' code lifts it to 1e-4 at least, where its gradient ends; here it has no floor.
 - CMCA divides by 4 s^2 with s the width of the embeddings, as in CORAL (Sun and Saenko, 2016); eq. 10 reuses the
   letter of the noise's width. Fewer than two rows have no covariance: 0.
 - CMPM is +KL(p || q), as in Zhang and Lu (ECCV 2018) and in the authors' code; eq. 12 prints the opposite sign. A row

@@ -34,7 +34,7 @@ sums and differences: `_PairReLU` adds the two for one tile of pairs at a time a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations, islice, pairwise
 from typing import Annotated, Literal, NamedTuple
@@ -45,8 +45,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 from torch.autograd.function import FunctionCtx
 
-from fedxmr.learners.training import Decay, Losses, Network, OptimizerConfig, batches, linear, restore, snapshot
-from fedxmr.types import DataSpec, Fit, Items, Proximal, State
+from fedxmr.learners.neural import NeuralLearner
+from fedxmr.learners.training import Losses, Network, StandardAdamConfig, batches, layers
+from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 Fusion = Literal["concatenate", "multiply", "add", "subtract"]
 Similar = Literal["binary", "jaccard"]
@@ -54,13 +55,6 @@ Width = Annotated[int, Field(ge=1, le=1 << 20)]
 
 _CPU_TILE, _GPU_TILE = 1 << 18, 1 << 26
 """Hidden units in a tile of pairs: 1 MB of float32 stays in a core's cache; a GPU wants few large kernels (256 MB)."""
-
-
-class DRSLOptimizer(OptimizerConfig):
-    """Adam as torch has it, with the paper's learning rate."""
-
-    lr: float = Field(1e-4, gt=0, description="learning rate")
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates of the two moments")
 
 
 class DRSLConfig(BaseModel):
@@ -80,10 +74,10 @@ class DRSLConfig(BaseModel):
     )
     pos_weight: float = Field(1.0, gt=0, description="weight of the error at S = 1, relative to that at S = 0")
     relative_loss: bool = Field(
-        False, description="report L / (p (1 - p)), p the mean of S: fewer classes alone make p, and so L, larger"
+        False, description="report L over that of the best constant R: fewer classes alone make both larger"
     )
     batch_size: int = Field(100, ge=1, le=1 << 31, description="rows of each modality per step")
-    optimizer: DRSLOptimizer = Field(DRSLOptimizer(), description="what trains all parameters")
+    optimizer: StandardAdamConfig = Field(StandardAdamConfig(), description="what trains all parameters")
     keep_optimizer: bool = Field(True, description="keep the optimiser's moments from stage to stage")
 
 
@@ -178,7 +172,23 @@ def drsl_loss(related: Tensor, similar: Tensor, pos_weight: float = 1.0) -> Tens
     return error.mean() if pos_weight == 1 else (error * (1 + (pos_weight - 1) * similar)).mean()
 
 
-class DRSL:
+def powers(similar: Tensor) -> Tensor:
+    """[3] float64, the means of S, S^2 and S^3 over the pairs of a batch."""
+    s = similar.double()
+    return torch.stack([s.mean(), s.square().mean(), (s * s * s).mean()])
+
+
+def constant_loss(means: Sequence[float], pos_weight: float = 1.0) -> float:
+    """The least L that an R equal for all pairs has, from the means of S, S^2 and S^3; p (1 - p) where S is 0 or 1.
+
+    The minimum over r of the mean of a (r - S)^2 with a = 1 + (pos_weight - 1) S is E[a S^2] - E[a S]^2 / E[a].
+    """
+    first, second, third = means
+    more = pos_weight - 1
+    return second + more * third - (first + more * second) ** 2 / (1 + more * first)
+
+
+class DRSL(NeuralLearner):
     """The learner.
 
     Its parameters: `towers.<modality>.<layer>` and, for modalities a < b, `relations.<a>.<b>.hidden` and
@@ -187,31 +197,29 @@ class DRSL:
 
     Config = DRSLConfig
 
-    statistics: frozenset[str] = frozenset()
-    by_class: frozenset[str] = frozenset()
-
     def __init__(self, config: DRSLConfig, spec: DataSpec, device: torch.device, rng: Generator | None) -> None:
         self._config = config
         self._device = device
         self._pairs = list(combinations(sorted(spec.dims), 2))
         fused = config.width * (2 if config.fusion == "concatenate" else 1)
-        layers = {}
+        sizes = {}
         for m in sorted(spec.dims):
-            for layer, sizes in enumerate(pairwise([spec.dims[m], *config.hidden, config.width])):
-                layers[f"towers.{m}.{layer}"] = sizes
+            for layer, size in enumerate(pairwise([spec.dims[m], *config.hidden, config.width])):
+                sizes[f"towers.{m}.{layer}"] = size
         for a, b in self._pairs:
-            layers[f"relations.{a}.{b}.hidden"] = (fused, config.relation)
-            layers[f"relations.{a}.{b}.output"] = (config.relation, 1)
-        parameters = {}
-        for name, (inputs, outputs) in layers.items():
-            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+            sizes[f"relations.{a}.{b}.hidden"] = (fused, config.relation)
+            sizes[f"relations.{a}.{b}.output"] = (config.relation, 1)
+        parameters = layers(sizes, rng, device)
         self._network = Network(parameters, config.optimizer, config.keep_optimizer)
         self.trainable = frozenset(parameters)
         self.common = frozenset(name for name in parameters if name.startswith("relations."))
-        self.by_modality = {
-            m: frozenset(name for name in parameters if all(m in pair for pair in self._trained_by(name)))
-            for m in spec.dims
-        }
+
+    def owned(self, held: Collection[str]) -> frozenset[str]:
+        """The relation networks of the pairs of what is held, and the towers they compare."""
+        pairs = list(combinations(sorted(held), 2))
+        relations = tuple(f"relations.{a}.{b}." for a, b in pairs)
+        towers = tuple(f"towers.{m}." for pair in pairs for m in pair)
+        return frozenset(name for name in self.trainable if name.startswith((*relations, *towers)))
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs. Reports the mean of L over all pairs of items seen; the proximal term is left out.
@@ -220,7 +228,8 @@ class DRSL:
         """
         config = self._config
         pairs = list(combinations(data.modalities, 2))
-        losses, similar = Losses(self._device), Losses(self._device)
+        losses = Losses(self._device)
+        means, seen = torch.zeros(3, dtype=torch.float64, device=self._device), 0
         if not pairs:
             return losses.fit()
         data = data.to(self._device)
@@ -237,17 +246,13 @@ class DRSL:
                     count = sum(s.numel() for s in targets.values())
                     losses.add(loss, count)
                     if config.relative_loss:
-                        similar.add(torch.stack([s.mean() for s in targets.values()]).mean(), count)
+                        means += count * torch.stack([powers(s) for s in targets.values()]).mean(0)
+                        seen += count
         fit = losses.fit()
-        if config.relative_loss and 0 < (p := similar.fit().loss) < 1:
-            fit = replace(fit, loss=fit.loss / (p * (1 - p)), loss_sum=fit.loss_sum / (p * (1 - p)))
+        # 1e-12: where S is the same for all pairs, rounding may leave something
+        if seen and (least := constant_loss((means / seen).tolist(), config.pos_weight)) > 1e-12:
+            fit = replace(fit, loss=fit.loss / least, loss_sum=fit.loss_sum / least)
         return fit
-
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d] features -> [n, width] float32, z in the modality's own space, on the learner's device."""
-        with torch.no_grad():
-            parts = [self._tower(modality, part.to(self._device, torch.float32)) for part in torch.split(x, 4096)]
-        return torch.cat(parts)
 
     def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:
         """R, [q, width] and [g, width] -> [q, g]; ValueError for modalities that are no pair.
@@ -263,29 +268,16 @@ class DRSL:
                 return self._relate(query, gallery, direction)
             return self._relate(gallery, query, (first, second)).T.contiguous()
 
-    def state(self, names: Collection[str] | None = None) -> State:
-        """Parameters and moments, copied; or those of them that are named."""
-        live = self._network.live()
-        return snapshot(live if names is None else {name: live[name] for name in names})
-
-    def load(self, state: State) -> None:
-        """Take over part or all of a state; ValueError, loading nothing, where a name, shape or dtype is wrong."""
-        restore(self._network.live(), state)
-
-    def _trained_by(self, name: str) -> list[tuple[str, str]]:
-        """The pairs of modalities whose loss depends on a parameter."""
-        of = name.split(".")
-        return [pair for pair in self._pairs if (of[1] in pair if of[0] == "towers" else pair == (of[1], of[2]))]
-
     def _loss(self, x: Mapping[str, Tensor], targets: Mapping[tuple[str, str], Tensor]) -> Tensor:
         """L of a batch: features by modality, S by pair of modalities; the mean over the pairs of modalities."""
-        z = {m: self._tower(m, of) for m, of in x.items()}
+        z = {m: self._embed(m, of) for m, of in x.items()}
         weight = self._config.pos_weight
         return torch.stack(
             [drsl_loss(self._relate(z[a], z[b], (a, b)), s, weight) for (a, b), s in targets.items()]
         ).mean()
 
-    def _tower(self, modality: str, x: Tensor) -> Tensor:
+    def _embed(self, modality: str, x: Tensor) -> Tensor:
+        """z, in the modality's own space."""
         for layer in range(len(self._config.hidden) + 1):
             x = self._network.linear(f"towers.{modality}.{layer}", x).relu()
         return x

@@ -19,7 +19,7 @@ The papers' printed form has Frobenius norms (`norm`), and FedCMR's eq. 1 counts
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Literal, NamedTuple
@@ -29,13 +29,12 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 
-from fedxmr.learners.cosine import cosine, unit_rows
-from fedxmr.learners.training import Losses, Network, OptimizerConfig, batches, linear, restore, snapshot
-from fedxmr.types import DataSpec, Fit, Items, Proximal, State
+from fedxmr.learners.neural import NeuralLearner
+from fedxmr.learners.pairwise import Blocks, Similar, pairwise_loss
+from fedxmr.learners.training import Losses, Network, OptimizerConfig, batches, layers
+from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 Norm = Literal["row", "frobenius"]
-Blocks = Literal["unordered", "ordered"]
-Similar = Literal["binary", "count"]
 
 
 class DSCMRConfig(BaseModel):
@@ -88,11 +87,11 @@ def dscmr_loss(
 
     label = _sum([_mean_norm(error, norm) for error in torch.split(predicted - target, sizes)], common)
 
-    unit = unit_rows(common)
-    gamma = unit @ unit.T / 2
-    shared = target @ target.T
-    s = shared if similar == "count" else shared.clamp(max=1)
-    similarity = ((F.softplus(gamma) - s * gamma) * _block_weights(sizes, blocks, common)).sum()
+    modality = torch.arange(len(sizes), device=common.device).repeat_interleave(
+        torch.tensor(sizes, device=common.device), output_size=len(common)
+    )
+    weight = common.new_tensor([1 / n if n else 0 for n in sizes])[modality]
+    similarity = pairwise_loss(common, target, modality, weight, blocks=blocks, similar=similar)
 
     parts = list(zip(torch.split(common, sizes), rows, strict=True))
     distances = []
@@ -115,32 +114,16 @@ def _mean_norm(x: Tensor, norm: Norm) -> Tensor:
     return (squares.sum() + 1e-12).sqrt() / len(x)
 
 
-def _block_weights(sizes: Sequence[int], blocks: Blocks, like: Tensor) -> Tensor:
-    """[N, N] weights under which the sum over all pairs of rows is the sum of the modality pairs' means.
-
-    Both the block of (m, m') and its mirror image are among the pairs, so "unordered" halves them.
-    """
-    mean = like.new_tensor([1 / n if n else 0 for n in sizes])
-    weight = torch.outer(mean, mean)
-    if blocks == "unordered":
-        weight = (weight + weight.diag().diag()) / 2
-    modality = torch.arange(len(sizes), device=like.device).repeat_interleave(
-        torch.tensor(sizes, device=like.device), output_size=len(like)
-    )
-    return weight[modality][:, modality]
-
-
 def _sum(terms: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(terms)).sum() if terms else like.new_zeros(())
 
 
-class DSCMR:
+class DSCMR(NeuralLearner):
     """The learner. Its parameters: `towers.<modality>`, `common` and `classifier`, each `.weight` and `.bias`."""
 
     Config = DSCMRConfig
 
     common = frozenset({"common.weight", "common.bias"})
-    statistics: frozenset[str] = frozenset()
     # The classifier's rows belong to classes, but its outputs are regressed on 0 as well as 1: a client without a class
     # trains that row too (towards 0), and the papers average it like any other.
     by_class: frozenset[str] = frozenset()
@@ -149,14 +132,11 @@ class DSCMR:
         self._config = config
         self._modalities = sorted(spec.dims)
         self._device = device
-        layers = {f"towers.{m}": (spec.dims[m], config.hidden) for m in self._modalities}
-        layers |= {"common": (config.hidden, config.width), "classifier": (config.width, spec.num_classes)}
-        parameters = {}
-        for name, (inputs, outputs) in layers.items():
-            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+        sizes = {f"towers.{m}": (spec.dims[m], config.hidden) for m in self._modalities}
+        sizes |= {"common": (config.hidden, config.width), "classifier": (config.width, spec.num_classes)}
+        parameters = layers(sizes, rng, device)
         self._network = Network(parameters, config.optimizer, config.keep_optimizer)
         self.trainable = frozenset(parameters)
-        self.by_modality = {m: frozenset({f"towers.{m}.weight", f"towers.{m}.bias"}) for m in self._modalities}
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs. Reports J, with l1 as if the modalities the client lacks cost what its own do.
@@ -182,27 +162,8 @@ class DSCMR:
         # max(nan, 0.0) is nan: a loss that is not finite must reach the server
         return replace(fit, loss=max(fit.loss, 0.0), loss_sum=max(fit.loss_sum, 0.0))
 
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d] features -> [n, width] float32 in the common subspace, on the learner's device."""
-        with torch.no_grad():
-            parts = [
-                self._subspace(self._tower(modality, part.to(self._device, torch.float32)))
-                for part in torch.split(x, 4096)
-            ]
-        return torch.cat(parts)
-
-    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:  # noqa: ARG002
-        """Cosines, [q, width] and [g, width] -> [q, g]; the direction does not matter."""
-        return cosine(query, gallery)
-
-    def state(self, names: Collection[str] | None = None) -> State:
-        """Parameters and moments, copied; or those of them that are named."""
-        live = self._network.live()
-        return snapshot(live if names is None else {name: live[name] for name in names})
-
-    def load(self, state: State) -> None:
-        """Take over part or all of a state; ValueError, loading nothing, where a name, shape or dtype is wrong."""
-        restore(self._network.live(), state)
+    def _embed(self, modality: str, x: Tensor) -> Tensor:
+        return self._subspace(self._tower(modality, x))
 
     def _terms(self, batch: Items) -> Terms:
         seen = batch.modalities

@@ -8,10 +8,10 @@ another's. Retrieval ranks by the cosine. Per batch, `critic_steps` steps of the
     critics  max  E D(x, c) - E D(x~, c) - a E(||grad D(x^, c)|| - 1)^2,  x^ between x and x~           (eq. 1-3)
     joint    min  L_true + L_synthetic - E D(x~, c)                                                      (eq. 16)
              L    = beta L_DA + gamma L_ADV + lambda L_CYC                                               (eq. 5-15)
-             L_CYC = sum over m of E ||c - e_m||^2,  L_ADV the discriminator's cross entropy
+             L_CYC = sum over m of E ||c - e_m||^2 / s,  L_ADV the discriminator's cross entropy
 
-with L_true of e = R_m(x) and L_synthetic of e = R_m(x~). The paper, the authors' code (CFM-MSG/Code_JFSE) and this
-module differ in places:
+with s the width of c, L_true of e = R_m(x) and L_synthetic of e = R_m(x~). The paper, the authors' code
+(CFM-MSG/Code_JFSE) and this module differ in places:
 - Eq. 16 lets the discriminator ascend gamma L_ADV, which is consistent only if L_ADV were its success; eq. 14 is its
   cross entropy, its arguments swapped. As in the code, D_M descends the cross entropy and all before it ascend, times
   the usual ramp 2 / (1 + exp(-10 epoch / `ramp`)) - 1.
@@ -19,13 +19,18 @@ module differ in places:
   generators' (`generator`); the paper has 1 for both. Weights default to the code's. A single backward pass does all
   of it: gradients are rescaled where they pass from D_M to R and from R to G. So generators, regressors and
   discriminator move at once, as in the code; Algorithm 1 moves them one after the other.
-- The code's weights go with class vectors in [0, 1] and an L_CYC that is a mean over dimensions. Here L_CYC is eq. 15
-  as printed, and class vectors have length 1, which makes the two about as large; of the code's mean, lambda is 1 /
-  width.
+- L_CYC is a mean over dimensions, as in the code, whose weights go with it; eq. 15 prints the sum, which lambda = s
+  would give, and under which the code's beta and gamma do next to nothing. The code's class vectors are in [0, 1], as
+  with `embedding: relu`; of length 1, the default, they make L_CYC smaller, so that beta and gamma count for more.
+  FedProx's mu and a weight decay stand against this smaller loss: mu = .2 / s does what .2 did beside the sum, and the
+  preset's .2 keeps the networks of length-1 vectors where they start.
 - The paper ends regressors and generators in a ReLU, out of whose reach negative coordinates are; the code rescales
   class vectors and features to [0, 1] in every batch, so that targets move. Here both end linearly by default. With
   `embedding: relu` class vectors are scaled to [0, 1] per dimension, once, over all classes, seen and unseen;
-  `features: relu` is for features that are >= 0.
+  `features: relu` is for features that are >= 0; to scale others to [0, 1], fitted on training items, is not offered,
+  for a common scaling would need every client's extremes, which are features of single items.
+- Embeddings are ranked as they are. The code also scales them by mean and deviation over the test set, and takes the
+  best of four variants there.
 - Every critic step has noise of its own; the code repeats one draw. The slope of a critic of two layers has a closed
   form, which is differentiated in place of a second backward pass. Its last layer has no bias: no loss depends on
   one.
@@ -54,9 +59,10 @@ from torch import Generator, Tensor
 from fedxmr.errors import InputError
 from fedxmr.learners.adversarial import SLOPE, Critic, critic_loss, modality_loss, scale_gradient
 from fedxmr.learners.alignment import SCHEMES, Pair, Scheme
-from fedxmr.learners.cosine import cosine, unit_rows
-from fedxmr.learners.training import Losses, Network, OptimizerConfig, batches, linear, restore, snapshot
-from fedxmr.types import DataSpec, Fit, Items, Proximal, State
+from fedxmr.learners.cosine import unit_rows
+from fedxmr.learners.neural import NeuralLearner
+from fedxmr.learners.training import Losses, Network, OptimizerConfig, batches, layers
+from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 
 class JFSEOptimizer(OptimizerConfig):
@@ -70,7 +76,9 @@ class JFSEConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, populate_by_name=True)
 
-    hidden: int = Field(512, ge=1, le=1 << 20, description="width of the hidden layers of all but the discriminator")
+    hidden: int = Field(
+        512, ge=1, le=1 << 20, description="width of all hidden layers but the discriminator's; 4096 in paper and code"
+    )
     layers: int = Field(2, ge=1, le=8, description="layers of a regressor: 2 in the code, 3 in the paper")
     embedding: Literal["linear", "relu"] = Field(
         "linear", description="a regressor's end; relu is the paper's, with class vectors scaled to [0, 1]"
@@ -92,7 +100,9 @@ class JFSEConfig(BaseModel):
     alignment: tuple[Scheme, ...] = Field(("cmpm",), description="the schemes that L_DA sums; none of them: []")
     beta: float = Field(1e-4, ge=0, description="weight of L_DA; the paper's grid is .001 to 1000")
     gamma: float = Field(0.01, ge=0, description="weight of L_ADV; the same grid")
-    lambda_: float = Field(1.0, alias="lambda", ge=0, description="weight of L_CYC; the same grid")
+    lambda_: float = Field(
+        1.0, alias="lambda", ge=0, description="weight of L_CYC; the same grid, for a sum over dimensions"
+    )
     synthetic: float = Field(0.01, gt=0, description="weight of synthetic terms for regressors; 1 in the paper")
     generator: float = Field(0.1, ge=0, description="weight of the terms of embeddings for generators; 1 in the paper")
     discriminator: tuple[PositiveInt, PositiveInt] = Field(
@@ -119,8 +129,11 @@ class JFSEConfig(BaseModel):
 
 
 def cycle_loss(embeddings: Sequence[Tensor], targets: Sequence[Tensor]) -> Tensor:
-    """Eq. 15 for one set of embeddings: the sum over modalities of mean_i ||c_i - e_i||^2; per modality [n_m, s]."""
-    return torch.stack([(e - c).square().sum(1).mean() for e, c in zip(embeddings, targets, strict=True)]).sum()
+    """Eq. 15 over s for one set of embeddings: the sum over modalities of mean_i ||c_i - e_i||^2 / s.
+
+    Per modality [n_m, s], n_m > 0.
+    """
+    return torch.stack([F.mse_loss(e, c) for e, c in zip(embeddings, targets, strict=True)]).sum()
 
 
 def orthonormal(rows: int, width: int, seed: int) -> Tensor:
@@ -184,7 +197,7 @@ class Stage(NamedTuple):
     rng: Generator
 
 
-class JFSE:
+class JFSE(NeuralLearner):
     """The learner. Its parameters: `regressors.`, `generators.` and `critics.<modality>.`, and `discriminator.`.
 
     Those that a switched-off term would train do not exist; the others start the same under every switch.
@@ -192,18 +205,13 @@ class JFSE:
 
     Config = JFSEConfig
 
-    statistics: frozenset[str] = frozenset()
-    by_class: frozenset[str] = frozenset()
-
     def __init__(self, config: JFSEConfig, spec: DataSpec, device: torch.device, rng: Generator | None) -> None:
         self._config = config
         self._modalities = sorted(spec.dims)
         self._device = device
         self._class_vectors = class_targets(config, spec).to(device)
         self._seen = None if spec.seen is None else spec.seen.to(device)
-        parameters = {}
-        for name, (inputs, outputs) in self._layers(spec).items():
-            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+        parameters = layers(self._sizes(spec), rng, device)
         for m in self._modalities:
             critic = Critic.drawn(spec.dims[m], self._class_vectors.shape[1], config.hidden, rng, device)
             parameters |= {f"critics.{m}.{part}": tensor for part, tensor in critic._asdict().items()}
@@ -215,7 +223,6 @@ class JFSE:
             f"regressors.{m}.{last}.{part}" for m in self._modalities for part in ("weight", "bias")
         )
         self.trainable = frozenset(parameters)
-        self.by_modality = {m: frozenset(self._owned(m)) for m in self._modalities}
 
     @classmethod
     def remarks(cls, config: JFSEConfig, spec: DataSpec) -> tuple[str, ...]:
@@ -225,12 +232,28 @@ class JFSE:
         made_up = f"made-up orthonormal ones (seed {config.class_seed}) stand in, which say nothing about the classes"
         return (f"jfse: the data set has no class vectors; {made_up}",)
 
+    def owned(self, held: Collection[str]) -> frozenset[str]:
+        """The networks of what is held. L_ADV and L_DA need two modalities: alone, one has no use for the rest."""
+        several = len(held) > 1
+
+        def trains(name: str) -> bool:
+            kind, modality, *_ = name.split(".")
+            match kind:
+                case "discriminator":
+                    return several
+                case "regressors":
+                    return modality in held and (several or self._config.lambda_ > 0)
+                case _:
+                    return modality in held
+
+        return frozenset(filter(trains, self.trainable))
+
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
         """Train for some epochs. Reports L_CYC of true features, which is >= 0 as the critics' losses are not.
 
-        It is the mean over the modalities a batch has, times the number of all: a client with one modality of two and
-        one with both are comparable, and the latter reports L_CYC itself. Items of no class or of an unseen one are
-        left out.
+        Whatever the weights, it is the mean squared error of a coordinate, summed over modalities: of those a batch
+        has, times the number of all over theirs. So a client with one modality of two and one with both are comparable.
+        Items of no class or of an unseen one are left out.
         """
         config = self._config
         losses = Losses(self._device)
@@ -257,55 +280,29 @@ class JFSE:
             self._epochs += epochs
         return fit
 
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d] features -> [n, s] float32 beside the class vectors, on the learner's device."""
-        with torch.no_grad():
-            parts = [self._regress(modality, part.to(self._device, torch.float32)) for part in torch.split(x, 4096)]
-        return torch.cat(parts)
-
-    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:  # noqa: ARG002
-        """Cosines, [q, s] and [g, s] -> [q, g]; the direction does not matter."""
-        return cosine(query, gallery)
-
-    def state(self, names: Collection[str] | None = None) -> State:
-        """Parameters, moments and the count of epochs, copied; or those of them that are named."""
-        live = self._live()
-        return snapshot(live if names is None else {name: live[name] for name in names})
-
-    def load(self, state: State) -> None:
-        """Take over part or all of a state; ValueError, loading nothing, where a name, shape or dtype is wrong."""
-        restore(self._live(), state)
-
     def _live(self) -> dict[str, Tensor]:
         return self._network.live() | {"epochs": self._epochs}
 
     # what exists
 
-    def _layers(self, spec: DataSpec) -> dict[str, tuple[int, int]]:
+    def _sizes(self, spec: DataSpec) -> dict[str, tuple[int, int]]:
         """Every layer there can be, but for the critics' -> (inputs, outputs), in the order they are drawn in."""
         config, s = self._config, self._class_vectors.shape[1]
-        layers: dict[str, tuple[int, int]] = {}
+        sizes: dict[str, tuple[int, int]] = {}
         for m in self._modalities:
             widths = [spec.dims[m], *[config.hidden] * (config.layers - 1), s]
-            layers |= {f"regressors.{m}.{i}": layer for i, layer in enumerate(pairwise(widths))}
+            sizes |= {f"regressors.{m}.{i}": size for i, size in enumerate(pairwise(widths))}
         for m in self._modalities:
-            layers[f"generators.{m}.0"] = (s + config.noise, config.hidden)
-            layers[f"generators.{m}.1"] = (config.hidden, spec.dims[m])
+            sizes[f"generators.{m}.0"] = (s + config.noise, config.hidden)
+            sizes[f"generators.{m}.1"] = (config.hidden, spec.dims[m])
         widths = [s, *config.discriminator, max(len(self._modalities) - 1, 1)]
-        layers |= {f"discriminator.{i}": layer for i, layer in enumerate(pairwise(widths))}
-        return layers
+        sizes |= {f"discriminator.{i}": size for i, size in enumerate(pairwise(widths))}
+        return sizes
 
     def _used(self, name: str) -> bool:
         kind = name.partition(".")[0]
         return {"generators": self._config.synthesis, "critics": self._config.synthesis,
                 "discriminator": self._config.gamma > 0}.get(kind, True)  # fmt: skip
-
-    def _owned(self, modality: str) -> Iterator[str]:
-        """The names that only clients with this modality train; of two modalities the discriminator needs both."""
-        for name in self._network.parameters:
-            kind, of, *_ = name.split(".")
-            if len(self._modalities) == 2 if kind == "discriminator" else of == modality:
-                yield name
 
     # what is trained on
 
@@ -333,7 +330,7 @@ class JFSE:
 
     # the networks
 
-    def _regress(self, modality: str, x: Tensor) -> Tensor:
+    def _embed(self, modality: str, x: Tensor) -> Tensor:
         last = self._config.layers - 1
         for layer in range(last):
             x = self._network.linear(f"regressors.{modality}.{layer}", x).relu()
@@ -375,7 +372,7 @@ class JFSE:
 
     def _joint_loss(self, batch: Items, c: Tensor, stage: Stage, reversal: float) -> tuple[Tensor, Tensor]:
         """Eq. 16 but for the critics' steps, and L_CYC of true features."""
-        embeddings = {m: self._regress(m, batch.features[m].float()) for m in batch.modalities}
+        embeddings = {m: self._embed(m, batch.features[m].float()) for m in batch.modalities}
         true = Embedded(embeddings, batch.rows, batch.labels, c)
         cycle = true.cycle()
         loss = self._embedding_loss(true, cycle, reversal)
@@ -400,21 +397,23 @@ class JFSE:
             x = self._generate(m, c, stage.rng)
             if critics:
                 terms.append(-self._critic(m).frozen()(x, c).mean())
-            e = self._regress(m, scale_gradient(x, config.generator / config.synthetic))
+            e = self._embed(m, scale_gradient(x, config.generator / config.synthetic))
             embeddings[m] = scale_gradient(e, config.synthetic)
         everything = torch.arange(len(labels), device=self._device)
         synthetic = Embedded(embeddings, dict.fromkeys(stage.held, everything), labels, c)
         return torch.stack([*terms, self._embedding_loss(synthetic, synthetic.cycle(), reversal)]).sum()
 
-    def _embedding_loss(self, of: Embedded, cycle: Tensor, reversal: float) -> Tensor:
+    def _embedding_loss(self, embedded: Embedded, cycle: Tensor, reversal: float) -> Tensor:
         """L = beta L_DA + gamma L_ADV + lambda L_CYC; the gradient of L_ADV is reversed before the discriminator."""
         config = self._config
         terms = [config.lambda_ * cycle] if config.lambda_ else []
-        if len(of.embeddings) > 1:
+        if len(embedded.embeddings) > 1:
             if config.gamma:
-                logits = [self._discriminate(scale_gradient(e, -reversal)) for e in of.embeddings.values()]
-                terms.append(config.gamma * modality_loss(logits, [self._modalities.index(m) for m in of.embeddings]))
+                logits = [self._discriminate(scale_gradient(e, -reversal)) for e in embedded.embeddings.values()]
+                terms.append(
+                    config.gamma * modality_loss(logits, [self._modalities.index(m) for m in embedded.embeddings])
+                )
             if config.beta and config.alignment:
-                pairs = [of.pair(a, b) for a, b in combinations(of.embeddings, 2)]
+                pairs = [embedded.pair(a, b) for a, b in combinations(embedded.embeddings, 2)]
                 terms += [config.beta * SCHEMES[scheme](pair) for scheme in config.alignment for pair in pairs]
         return torch.stack(terms).sum() if terms else cycle.new_zeros(())

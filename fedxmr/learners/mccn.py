@@ -4,7 +4,8 @@ Each modality has a private tower, a linear layer with ReLU; one linear layer wi
 common subspace, where every class has a prototype. Retrieval ranks by the cosine there; prototypes serve training only.
 
 Coordination (eq. 3-9): a modality with fewer embeddings than the richest one is padded class by class, and each padding
-embedding is replaced by a real one of the class, from another modality, drawn anew every epoch.
+embedding is replaced by a real one of the class, from another modality, drawn anew every epoch; see `coordination.py`,
+also for what the paper leaves open there.
 Clustering (eq. 10-11), with d to the own prototype, d^ to the wrong ones, both Euclidean:
 
     L = sum over modalities of log[1 + sum_a exp(s ((d_a - Dp) - (d^_b - Dn))) over all a, b]
@@ -15,21 +16,17 @@ Where the paper is silent or contradicts itself:
 - `pairing: per_sample` takes each sample's own a and b and the mean over samples. As printed, one sum runs over a whole
   batch, and its gradient is that of the hardest pair: with classes that overlap it hardly trains at s = 64.
 - Embeddings and prototypes are scaled to length 1 (`normalise`): margins of m and 1 - m need distances of that order.
-- Eq. 9 sends what replaces a padding embedding, another modality's features, through the padded modality's tower, whose
-  width differs. `route: source` embeds it by its own tower and counts it in the padded modality's loss; `route: padded`
-  fills all features up with zeros to the widest, as "a unified length" may mean.
-- With eps = 1000 the walk goes to a real embedding of the wrong class (or of the same modality) with probability
-  (R - deg) / (1000 deg + R - deg) for deg embeddings of the class elsewhere and R in all: 2 % for XMedia's 3D models,
-  18 % for XMediaNet's videos. The default, eps = null, walks along edges only. A walk is one step; no more is said.
-- H^z = Y^k - Y^z is read as the classes that modality k has more often, each as often as z lacks it.
-- An item with several classes: coordination takes each set of classes for a class of its own; per sample, d is the mean
-  distance to its prototypes; literally, each of them is an own one. An item with no class has no prototype, and rests.
-- Batches: each modality spreads its embeddings evenly over an epoch's steps, the richest `batch_size` a step.
+- An item with several classes: per sample, d is the mean distance to its prototypes; literally, each is an own one. An
+  item with no class has no prototype, and rests.
 - A prototype is zero until the first stage that has items of its class sets it to their mean embedding, over all
   modalities; from then on it is trained like a weight. While zero it is nobody's wrong prototype. So "not yet started"
   is part of the state, a row nobody owns stays zero in the federation, and a client that joins late goes on from the
   prototypes it receives. With a proximal term a row starts at the minimum of |o - mean|^2 / 2 + mu |o - anchor|^2 / 2.
-  FedCMR's W_0 is recorded before a stage, so eq. 6 takes a row's start for a change: W_0 is zero there.
+  Departs from starting the rows of classes that nobody has met at random unit vectors, which would repel from the
+  start: under label skew zero rows did better. So a client with one class alone has nothing wrong in its first round
+  and loss 0, for which FedCMR's weights, eq. 4 and 5, favour it in that round.
+- The paper's "mean of embeddings" is taken once; prototypes that are computed anew every epoch, or as a moving average,
+  are not offered.
 - Reported is the mean per-sample loss, also where the loss is eq. 11's: that one grows with the batch and the classes.
 - Without clustering (`loss: pairwise`, Table 5's "w/o MCC") the loss is l2 of DSCMR, the "pair-wise constraints" of
   [47], and there are no prototypes.
@@ -37,17 +34,19 @@ Where the paper is silent or contradicts itself:
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Generator, Tensor
 
-from fedxmr.learners.cosine import cosine, unit_rows
-from fedxmr.learners.training import Losses, Network, OptimizerConfig, linear, restore, snapshot
-from fedxmr.types import DataSpec, Fit, Items, Proximal, State
+from fedxmr.learners.coordination import Batch, Route, Samples
+from fedxmr.learners.cosine import unit_rows
+from fedxmr.learners.neural import NeuralLearner
+from fedxmr.learners.pairwise import pairwise_loss
+from fedxmr.learners.training import Losses, Network, StandardAdamConfig, layers
+from fedxmr.types import DataSpec, Fit, Items, Proximal
 
 
 class MCCNConfig(BaseModel):
@@ -71,15 +70,13 @@ class MCCNConfig(BaseModel):
     inter_margin: bool = Field(True, description="false leaves Delta_n out: the margin of eq. 10 is then -m")
     normalise: bool = Field(True, description="distances between rows scaled to length 1")
     coordinate: bool = Field(True, description="pad the modalities and replace the padding; false: as they are")
-    route: Literal["source", "padded"] = Field(
+    route: Route = Field(
         "source",
         description="a replacement goes through its own tower, or, filled up with zeros, the padded modality's",
     )
     eps: float | None = Field(None, gt=1, description="eq. 6's ratio; the paper has 1000; null: along edges only")
     batch_size: int = Field(128, ge=1, le=1 << 31, description="embeddings of the richest modality per step")
-    optimizer: OptimizerConfig = Field(
-        OptimizerConfig(lr=1e-4, betas=(0.9, 0.999)), description="what trains all parameters"
-    )
+    optimizer: StandardAdamConfig = Field(StandardAdamConfig(), description="what trains all parameters")
     keep_optimizer: bool = Field(True, description="keep the optimiser's moments from stage to stage")
 
     @property
@@ -119,21 +116,6 @@ def all_pairs_loss(distance: Tensor, own: Tensor, wrong: Tensor, scale: float, m
     return _softplus(positive + scale * margin + negative)
 
 
-def pairwise_loss(embeddings: Tensor, classes: Tensor, modality: Tensor, weight: Tensor) -> Tensor:
-    """l2 of DSCMR: over unordered modality pairs, one with itself too, the mean of log(1 + e^G) - S G -> scalar.
-
-    G is half the cosine of two embeddings, S = [they share a class]. embeddings [N, k], classes [N, C] bool.
-    modality [N]: which one each is of. weight [N]: 1 / the number of that modality.
-    """
-    unit = unit_rows(embeddings)
-    gamma = unit @ unit.T / 2
-    target = classes.to(unit.dtype)
-    similar = (target @ target.T).clamp(max=1)
-    # all pairs of rows hold a block of two modalities twice, one of a modality with itself once
-    block = torch.where(modality[:, None] == modality, 1.0, 0.5) * torch.outer(weight, weight)
-    return ((F.softplus(gamma) - similar * gamma) * block).sum()
-
-
 def _masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
     """logsumexp over the last dimension where mask holds; of nothing, a large negative number with no gradient.
 
@@ -147,133 +129,19 @@ def _softplus(x: Tensor) -> Tensor:
     return F.softplus(x, threshold=50)
 
 
-def padding(counts: Tensor) -> Tensor:
-    """How many padding embeddings each modality gets of each class (eq. 3-4).
-
-    counts [M, Q] int64: real embeddings. Modality k, the one with the most, is what the others are padded to.
-    """
-    richest = counts[counts.sum(1).argmax()]
-    return (richest - counts).clamp(min=0)
-
-
-def walk(modality: Tensor, category: Tensor, counts: Tensor, eps: float | None, rng: Generator) -> Tensor:
-    """One step of the random walk from each of S padding embeddings (eq. 5-8) -> [S] int64, the real ones it reaches.
-
-    modality, category [S]: of the padding. counts [M, Q]: real embeddings. An edge leads to the same category in
-    another modality and is eps times as likely as no edge; eps None: edges only. Every padding embedding needs an edge.
-    Real embeddings are numbered by category, then modality.
-    """
-    of_category = counts.sum(0)
-    ends = counts.T.flatten().cumsum(0)
-    own_end = ends[category * len(counts) + modality]
-    own_start = own_end - counts[modality, category]
-    end = of_category.cumsum(0)[category]
-    start = end - of_category[category]
-    edges = of_category[category] - counts[modality, category]
-    others = int(counts.sum()) - edges
-
-    # The edges are [start, own_start) and [own_end, end); no edge leads to the three intervals between and around.
-    draw = torch.rand(len(category), generator=rng, dtype=torch.float64)
-    near = start + (draw * edges).long().clamp(max=edges - 1)
-    near += (own_end - own_start) * (near >= own_start)
-    if eps is None:
-        return near
-    far = (draw * others).long().minimum((others - 1).clamp(min=0))
-    far += (own_start - start) * (far >= start)
-    far += (end - own_end) * (far >= own_end)
-    follows = torch.rand(len(category), generator=rng, dtype=torch.float64) * (eps * edges + others) < eps * edges
-    return torch.where(follows, near, far)
-
-
-class Batch(NamedTuple):
-    """The N embeddings of one step.
-
-    parts: (tower, source, rows [n] int64): feature rows of the modality `source`, to go through a tower; N in all.
-    classes [N, C] bool. modality [N] int64: by position, the one in whose loss each counts; not its source if it is
-    a replacement. weight [N] float: 1 / the number that count there, so a weighted sum is a sum of means.
-    """
-
-    parts: list[tuple[str, str, Tensor]]
-    classes: Tensor
-    modality: Tensor
-    weight: Tensor
-
-
-class Samples:
-    """A client's embeddings, real and padding, and how they fall into batches. All planning is on the CPU."""
-
-    def __init__(self, data: Items, config: MCCNConfig) -> None:
-        """data: items with at least one class each, at least one modality."""
-        self.modalities = data.modalities
-        self._config = config
-        self._device = data.labels.device
-        sets, of_item = torch.unique(data.labels.cpu(), dim=0, return_inverse=True)
-        self._classes = sets.to(self._device)
-        categories = [of_item[data.rows[m].cpu()] for m in self.modalities]
-        sizes = torch.tensor([len(c) for c in categories])
-        category = torch.cat(categories)
-        source = torch.arange(len(sizes)).repeat_interleave(sizes)
-        row = torch.cat([torch.arange(len(c)) for c in categories])
-        order = (category * len(sizes) + source).argsort(stable=True)
-        self._category, self._source, self._row = category[order], source[order], row[order]
-        self._counts = torch.stack([c.bincount(minlength=len(sets)) for c in categories])
-        lacking = padding(self._counts) if config.coordinate else torch.zeros_like(self._counts)
-        slots = lacking.flatten()
-        self.padded = torch.arange(len(sizes)).repeat_interleave(len(sets)).repeat_interleave(slots)
-        self._padded_category = torch.arange(len(sets)).repeat(len(sizes)).repeat_interleave(slots)
-
-    def epoch(self, rng: Generator) -> Iterator[Batch]:
-        """Every real embedding once, and a new replacement for every padding one."""
-        m = len(self.modalities)
-        drawn = walk(self.padded, self._padded_category, self._counts, self._config.eps, rng)
-        source = torch.cat([self._source, self._source[drawn]])
-        row = torch.cat([self._row, self._row[drawn]])
-        category = torch.cat([self._category, self._padded_category])
-        modality = torch.cat([self._source, self.padded])
-        tower = source if self._config.route == "source" else modality
-
-        step, steps = self._steps(modality, rng)
-        part = (step * m + tower) * m + source
-        order = part.argsort(stable=True)
-        counted = step * m + modality
-        weight = (1 / counted.bincount())[counted]
-        row, category, modality, weight = (t[order].to(self._device) for t in (row, category, modality, weight))
-        at = 0
-        for sizes in part.bincount(minlength=steps * m * m).reshape(steps, m * m).tolist():
-            parts, start = [], at
-            for i, size in enumerate(sizes):
-                if size:
-                    parts.append((self.modalities[i // m], self.modalities[i % m], row[at : at + size]))
-                    at += size
-            yield Batch(parts, self._classes[category[start:at]], modality[start:at], weight[start:at])
-
-    def _steps(self, modality: Tensor, rng: Generator) -> tuple[Tensor, int]:
-        """The step each embedding is drawn into, [T], and the number of steps: each modality's spread evenly."""
-        members = [(modality == z).nonzero().flatten() for z in range(len(self.modalities))]
-        steps = -(-max(map(len, members)) // self._config.batch_size)
-        step = torch.empty_like(modality)
-        for of in members:
-            step[of[torch.randperm(len(of), generator=rng)]] = torch.arange(len(of)) * steps // len(of)
-        return step, steps
-
-
-class MCCN:
+class MCCN(NeuralLearner):
     """The learner. Its parameters: `towers.<modality>` and `common`, each `.weight` and `.bias`, and `prototypes`."""
 
     Config = MCCNConfig
-
-    statistics: frozenset[str] = frozenset()
 
     def __init__(self, config: MCCNConfig, spec: DataSpec, device: torch.device, rng: Generator | None) -> None:
         self._config = config
         self._device = device
         widest = max(spec.dims.values())
         self._inputs = {m: widest if config.route == "padded" else d for m, d in spec.dims.items()}
-        layers = {f"towers.{m}": (self._inputs[m], config.hidden) for m in sorted(spec.dims)}
-        layers["common"] = (config.hidden, config.width)
-        parameters = {}
-        for name, (inputs, outputs) in layers.items():
-            parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+        sizes = {f"towers.{m}": (self._inputs[m], config.hidden) for m in sorted(spec.dims)}
+        sizes["common"] = (config.hidden, config.width)
+        parameters = layers(sizes, rng, device)
         prototypes = frozenset({"prototypes"} if config.loss == "clustering" else ())
         for name in prototypes:
             parameters[name] = torch.zeros(spec.num_classes, config.width, device=device)
@@ -281,10 +149,9 @@ class MCCN:
         self.common = frozenset({"common.weight", "common.bias"}) | prototypes
         self.trainable = frozenset(parameters)
         self.by_class = prototypes
-        self.by_modality = {m: frozenset({f"towers.{m}.weight", f"towers.{m}.bias"}) for m in spec.dims}
 
     def fit(self, data: Items, epochs: int, rng: Generator, proximal: Proximal | None = None) -> Fit:
-        """Train for some epochs, starting the prototypes that have not been. Reports the mean loss per embedding.
+        """Start the prototypes that have not been, then train for some epochs. Reports the mean loss per embedding.
 
         So clients with few modalities and with many are comparable; with the same number of embeddings in each of M
         modalities, and paired per sample, it is L / M. Of `loss: pairwise` it is the mean over pairs of modalities.
@@ -297,32 +164,17 @@ class MCCN:
         if not data.modalities:
             return losses.fit()
         started = self._start(data, proximal)
-        samples = Samples(data, self._config)
+        if not epochs:
+            return losses.fit()
+        config = self._config
+        samples = Samples(data, config.batch_size, coordinate=config.coordinate, route=config.route, eps=config.eps)
         with self._network.training(proximal) as step:
             for _ in range(epochs):
                 for batch in samples.epoch(rng):
-                    loss, reported = self._loss(self._embed(data, batch), batch, started)
+                    loss, reported = self._loss(self._embed_batch(data, batch), batch, started)
                     step(loss)
                     losses.add(reported, len(batch.weight))
         return losses.fit()
-
-    def encode(self, modality: str, x: Tensor) -> Tensor:
-        """[n, d] features -> [n, width] float32 in the common subspace, on the learner's device."""
-        with torch.no_grad():
-            return torch.cat([self._encode(modality, part.to(self._device)) for part in torch.split(x, 4096)])
-
-    def similarity(self, query: Tensor, gallery: Tensor, direction: tuple[str, str]) -> Tensor:  # noqa: ARG002
-        """Cosines, [q, width] and [g, width] -> [q, g]; the direction does not matter."""
-        return cosine(query, gallery)
-
-    def state(self, names: Collection[str] | None = None) -> State:
-        """Parameters and moments, copied; or those of them that are named."""
-        live = self._network.live()
-        return snapshot(live if names is None else {name: live[name] for name in names})
-
-    def load(self, state: State) -> None:
-        """Take over part or all of a state; ValueError, loading nothing, where a name, shape or dtype is wrong."""
-        restore(self._network.live(), state)
 
     def _start(self, data: Items, proximal: Proximal | None) -> Tensor:
         """Set the prototypes that are zero to their class means in `data` -> [C] bool, those that there are now."""
@@ -366,11 +218,11 @@ class MCCN:
         each = per_sample_loss(distance.detach(), batch.classes, wrong, config.scale, config.margin)
         return loss, each.mean()
 
-    def _embed(self, data: Items, batch: Batch) -> Tensor:
+    def _embed_batch(self, data: Items, batch: Batch) -> Tensor:
         hidden = [self._tower(tower, data.features[source][rows]) for tower, source, rows in batch.parts]
         return self._network.linear("common", torch.cat(hidden)).relu()
 
-    def _encode(self, modality: str, x: Tensor) -> Tensor:
+    def _embed(self, modality: str, x: Tensor) -> Tensor:
         return self._network.linear("common", self._tower(modality, x)).relu()
 
     def _tower(self, modality: str, x: Tensor) -> Tensor:

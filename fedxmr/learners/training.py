@@ -1,4 +1,4 @@
-"""What every neural learner shares: batches, named parameters with their optimiser, and the loss of a stage.
+"""What training takes: batches, named parameters with their optimiser, and the loss of a stage.
 
 A learner's `fit` reads
 
@@ -42,6 +42,14 @@ class OptimizerConfig(BaseModel):
     weight_decay: float = Field(0.0, ge=0, description="added to the gradient, times the weight")
 
 
+class StandardAdamConfig(OptimizerConfig):
+    """Adam with torch's betas, which are its authors', and a learning rate of 1e-4."""
+
+    # fields of a class of its own: a default instance would lose them as soon as a user sets one of its numbers
+    lr: float = Field(1e-4, gt=0, description="learning rate")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="Adam's decay rates of the two moments")
+
+
 def batches(n: int, batch_size: int, rng: Generator, device: torch.device, *, shuffle: bool = True) -> Iterator[Tensor]:
     """One epoch: [<= batch_size] int64 indices of n items. The last batch may be small; none is dropped."""
     order = torch.randperm(n, generator=rng) if shuffle else torch.arange(n)
@@ -59,6 +67,14 @@ def linear(inputs: int, outputs: int, rng: Generator | None, device: torch.devic
         weight.uniform_(-bound, bound, generator=rng)
         bias.uniform_(-bound, bound, generator=rng)
     return weight.to(device), bias.to(device)
+
+
+def layers(sizes: Mapping[str, tuple[int, int]], rng: Generator | None, device: torch.device) -> dict[str, Tensor]:
+    """`<name>.weight` and `<name>.bias` of every layer, name -> (inputs, outputs), drawn by `linear` in their order."""
+    parameters = {}
+    for name, (inputs, outputs) in sizes.items():
+        parameters[f"{name}.weight"], parameters[f"{name}.bias"] = linear(inputs, outputs, rng, device)
+    return parameters
 
 
 def snapshot(live: Mapping[str, Tensor]) -> State:
@@ -112,10 +128,13 @@ class Network:
         proximal term. A parameter a batch's loss does not depend on rests in that step, term or no term.
         No gradient outlives the stage.
         """
-        moments = self._fresh_moments() if self._kept is None else self._kept
+        moments = self._kept
         anchor = self._on_device(proximal.anchor) if proximal else {}
 
         def step(loss: Tensor) -> None:
+            nonlocal moments
+            if moments is None:  # not before there is a step: a stage of no epochs is to cost nothing
+                moments = self._fresh_moments()
             self._drop_gradients()
             loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():

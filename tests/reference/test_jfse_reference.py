@@ -42,9 +42,10 @@ def literal_critic_loss(real, synthetic, c, mix, parameters, penalty):
 
 
 def literal_cycle(embeddings, targets):
-    """Eq. 15 of one set of embeddings."""
+    """Eq. 15 of one set of embeddings, over their width as in the authors' code."""
     return sum(
-        sum(sum((x - y) ** 2 for x, y in zip(e, c, strict=True)) for e, c in zip(es, cs, strict=True)) / len(es)
+        sum(sum((x - y) ** 2 for x, y in zip(e, c, strict=True)) / len(c) for e, c in zip(es, cs, strict=True))
+        / len(es)
         for es, cs in zip(embeddings, targets, strict=True)
     )
 
@@ -253,7 +254,7 @@ def test_the_modality_loss_is_the_cross_entropy_of_eq_14(modalities):
     check(modality_loss(leaves, modalities), literal_adversarial(logits, modalities), leaves, expected)
 
 
-def test_the_cycle_loss_is_the_squared_norm_of_eq_15():
+def test_the_cycle_loss_is_the_squared_norm_of_eq_15_over_the_width():
     rng = np.random.default_rng(5)
     embeddings = [rng.normal(size=(3, 4)), rng.normal(size=(5, 4))]
     targets = [rng.normal(size=e.shape) for e in embeddings]

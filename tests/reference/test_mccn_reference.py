@@ -8,17 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from fedxmr.learners.coordination import padding, walk
 from fedxmr.learners.dscmr import dscmr_loss
-from fedxmr.learners.mccn import (
-    MCCN,
-    MCCNConfig,
-    all_pairs_loss,
-    distances,
-    padding,
-    pairwise_loss,
-    per_sample_loss,
-    walk,
-)
+from fedxmr.learners.mccn import MCCN, MCCNConfig, all_pairs_loss, distances, per_sample_loss
+from fedxmr.learners.pairwise import pairwise_loss
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items, Proximal
 
@@ -266,16 +259,22 @@ def class_means(w, data):
 
 def literal_model(w, data, pairing, route, coordinate=True):
     """Eq. 11 of the whole model with m = .2 and scale 2, every real embedding once and the slot's replacement."""
+    return sum(np.mean(losses) for losses in literal_parts(w, data, pairing, route, coordinate))
+
+
+def literal_parts(w, data, pairing, route, coordinate):
+    """By modality, the losses of its samples, or the one of them all."""
     h = real(w, data)
     if coordinate:
         tower = {"source": "image", "padded": "text"}[route]
         h["text"].append(embed(w, tower, data.features["image"][3].double().numpy()))
-    total, own = 0.0, np.eye(3, dtype=bool)[[0, 0, 1, 2]]
-    for m in h:
-        of = own[: len(h[m])]
-        losses = literal_losses(literal_distances(h[m], w["prototypes"], True), of, ~of, 2.0, 0.6, pairing)
-        total += np.mean(losses)
-    return total
+    own = np.eye(3, dtype=bool)[[0, 0, 1, 2]]
+    return [
+        literal_losses(
+            literal_distances(h[m], w["prototypes"], True), own[: len(h[m])], ~own[: len(h[m])], 2.0, 0.6, pairing
+        )
+        for m in h
+    ]
 
 
 def gradients(w, data, *model):
@@ -326,8 +325,9 @@ def test_the_report_is_the_mean_per_sample_loss(pairing, route, coordinate):
     w = parameters(learner.state())
     w["prototypes"] = class_means(w, data)
     fit = learner.fit(data, 1, generator(0, "fit"))
-    if coordinate:  # four embeddings counted in each modality
-        assert fit.loss == pytest.approx(literal_model(w, data, "per_sample", route) / 2, rel=1e-5)
+    samples = np.concatenate(literal_parts(w, data, "per_sample", route, coordinate))
+    assert len(samples) == (8 if coordinate else 7)  # of two modalities with as many, or one less
+    assert fit.loss == pytest.approx(np.mean(samples), rel=1e-5)
     assert fit.loss_sum == pytest.approx(fit.loss)  # one batch
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -25,8 +25,10 @@ def test_chance_is_the_mean_over_all_rankings(relevant, gallery):
 
 
 def test_chance_takes_many_queries_at_once():
-    together = chance_precision(torch.tensor([1, 4, 30]), 300)
-    assert together.tolist() == [float(chance_precision(torch.tensor([r]), 300)) for r in (1, 4, 30)]
+    ranks = range(1, 301)
+    one = np.mean([1 / i for i in ranks])
+    two = np.mean([(1 / i + 2 / j) / 2 for i, j in combinations(ranks, 2)])
+    assert chance_precision(torch.tensor([1, 300, 2]), 300).tolist() == pytest.approx([one, 1.0, two])
 
 
 @pytest.mark.parametrize("penalty", [0.1, 1.0, 1000.0])

@@ -10,16 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from fedxmr.learners.mccn import (
-    MCCN,
-    MCCNConfig,
-    Samples,
-    all_pairs_loss,
-    distances,
-    padding,
-    per_sample_loss,
-    walk,
-)
+from fedxmr.learners.coordination import Samples, padding, walk
+from fedxmr.learners.mccn import MCCN, MCCNConfig, all_pairs_loss, distances, per_sample_loss
 from fedxmr.seeding import generator
 from fedxmr.strategies import Contribution, StrategyConfig, combine, merge
 from fedxmr.types import DataSpec, Items, Proximal
@@ -71,11 +63,12 @@ def finite(model):
     return all(torch.isfinite(t).all() for t in model.state().values())
 
 
-def test_the_defaults_are_the_papers_but_for_pairing_scale_and_walk():
+def test_the_defaults_are_the_papers_but_for_pairing_scale_walk_and_route():
     config = MCCNConfig()
     assert (config.hidden, config.width, config.batch_size, config.m) == (2048, 1024, 128, 0.2)
     assert (config.optimizer.lr, config.optimizer.betas) == (1e-4, (0.9, 0.999))
-    assert (config.pairing, config.route, config.eps, config.coordinate) == ("per_sample", "source", None, True)
+    assert (config.pairing, config.scale, config.eps) == ("per_sample", 4.0, None)
+    assert (config.route, config.coordinate) == ("source", True)
 
 
 @pytest.mark.parametrize(
@@ -102,7 +95,7 @@ def test_fedcmr_shares_the_common_layer_and_the_prototypes():
     assert names.by_class == {"prototypes"}
     towers = {f"towers.{m}.{part}" for m in SPEC.dims for part in ("weight", "bias")}
     assert names.trainable == names.common | towers
-    assert names.by_modality["text"] == {"towers.text.weight", "towers.text.bias"}
+    assert names.owned({"text"}) == names.common | {"towers.text.weight", "towers.text.bias"}
 
 
 def test_without_clustering_there_are_no_prototypes_and_it_trains():
@@ -215,7 +208,7 @@ def test_items_of_several_classes_train(pairing, route, eps):
 
 def test_padding_evens_out_classes_and_modalities():
     data = imbalanced()
-    samples = Samples(data, MCCNConfig())
+    samples = Samples(data, 128)
     assert samples.modalities == ("audio", "image", "text")
     seen = torch.zeros(3, 4, dtype=torch.int64)
     sources = []
@@ -230,7 +223,7 @@ def test_padding_evens_out_classes_and_modalities():
 def test_a_replacement_is_of_the_class_and_of_another_modality_and_changes_with_the_epoch():
     data = imbalanced()
     labels = {m: data.labels[rows] for m, rows in data.rows.items()}
-    samples, rng = Samples(data, MCCNConfig(route="padded", batch_size=1)), generator(0, "epoch")
+    samples, rng = Samples(data, 1, route="padded"), generator(0, "epoch")
     epochs = []
     for _ in range(6):
         found = []
@@ -250,7 +243,7 @@ def test_a_replacement_is_of_the_class_and_of_another_modality_and_changes_with_
 
 
 def test_with_a_ratio_some_replacements_are_of_another_class():
-    samples = Samples(imbalanced(), MCCNConfig(eps=1.5))
+    samples = Samples(imbalanced(), 128, eps=1.5)
     labels = {m: imbalanced().labels[rows] for m, rows in imbalanced().rows.items()}
     rng, wrong = generator(0, "epoch"), 0
     for _ in range(10):
@@ -261,19 +254,19 @@ def test_with_a_ratio_some_replacements_are_of_another_class():
 
 
 def test_without_coordination_every_embedding_is_used_once_as_itself():
-    batches = list(Samples(imbalanced(), MCCNConfig(coordinate=False)).epoch(generator(0, "epoch")))
+    batches = list(Samples(imbalanced(), 128, coordinate=False).epoch(generator(0, "epoch")))
     assert sum(len(b.weight) for b in batches) == 13
     assert all(tower == source for b in batches for tower, source, _ in b.parts)
 
 
 def test_a_client_without_a_modality_pads_nothing_for_it():
-    samples = Samples(imbalanced().select(torch.arange(12)), MCCNConfig())
+    samples = Samples(imbalanced().select(torch.arange(12)), 128)
     assert samples.modalities == ("image", "text")
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 8, 100])
 def test_batches_are_even_and_weights_make_means(batch_size):
-    batches = list(Samples(imbalanced(), MCCNConfig(batch_size=batch_size)).epoch(generator(0, "epoch")))
+    batches = list(Samples(imbalanced(), batch_size).epoch(generator(0, "epoch")))
     assert len(batches) == math.ceil(8 / batch_size)
     for batch in batches:
         sizes = batch.modality.bincount(minlength=3)
@@ -380,7 +373,9 @@ def test_clients_that_own_different_classes_average_the_rows_they_own():
     for round in range(2):
         before, updates = [], []
         for client, (model, data) in enumerate(zip(clients, shards, strict=True)):
+            model.fit(data, 0, generator(round, "start"))
             before.append(model.state(server))
+            assert before[-1]["prototypes"][counts[client] > 0].any(1).all()  # its start is in W_0, so no change
             fit = model.fit(data, 1, generator(round, "fit"))
             updates.append(Contribution(client, len(data), counts[client], fit.loss, model.state(server)))
         server = combine(server, updates, torch.tensor([0.25, 0.75]), clients[0].by_class)

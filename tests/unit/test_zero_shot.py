@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 
@@ -15,10 +16,8 @@ from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items
 from fedxmr.zero_shot import (
     MEASURED,
-    MIN_SPLITS,
     class_split,
     evaluate_task,
-    over_splits,
     protocol,
     seen_only,
     subsets,
@@ -38,11 +37,9 @@ TRAIN = one_hot(torch.arange(30) % CLASSES)
 TEST = one_hot(torch.arange(50) % CLASSES)
 
 
-@pytest.mark.parametrize(
-    ("classes", "share", "seen"), [(10, 0.5, 5), (20, 0.5, 10), (11, 0.5, 6), (10, 0.2, 2), (2, 0.5, 1)]
-)
-def test_a_split_has_its_share_of_the_classes(classes, share, seen):
-    split = class_split(classes, generator(0, "classes"), share)
+@pytest.mark.parametrize(("classes", "seen"), [(10, 5), (20, 10), (11, 6), (2, 1)])
+def test_half_of_the_classes_are_seen(classes, seen):
+    split = class_split(classes, generator(0, "classes"))
     assert (split.shape, split.dtype, int(split.sum())) == ((classes,), torch.bool, seen)
 
 
@@ -54,10 +51,10 @@ def test_splits_are_drawn_from_the_seed():
     assert not torch.stack(splits).all(0).any()
 
 
-@pytest.mark.parametrize(("classes", "share"), [(1, 0.5), (10, 0.0), (10, 1.0), (3, 0.1)])
-def test_a_side_without_classes_is_refused(classes, share):
+@pytest.mark.parametrize("classes", [0, 1])
+def test_a_side_without_classes_is_refused(classes):
     with pytest.raises(InputError, match="expected seen and unseen classes"):
-        class_split(classes, generator(0, "classes"), share)
+        class_split(classes, generator(0, "classes"))
 
 
 def test_the_four_subsets_divide_all_items():
@@ -234,15 +231,6 @@ def test_a_tasks_score_is_the_map_of_its_queries_and_gallery(task):
     assert scores["average"] == pytest.approx((scores["image->text"] + scores["text->image"]) / 2)
 
 
-def test_results_are_the_mean_and_the_sample_deviation_over_splits():
-    scores = [{"average": x, "image->text": 2 * x} for x in (0.1, 0.2, 0.3, 0.4, 0.5)]
-    found = over_splits(scores)
-    assert found["average"] == pytest.approx((0.3, 0.15811388))
-    assert found["image->text"] == pytest.approx((0.6, 0.31622777))
-    with pytest.raises(InputError, match=f"at least {MIN_SPLITS} class splits, got 4"):
-        over_splits(scores[:4])
-
-
 def semantic(noise=0.3):
     """Training and test items whose features are an image of their class's vector: what is seen tells of the unseen."""
     g = generator(0, "semantic")
@@ -258,16 +246,24 @@ def semantic(noise=0.3):
     return *parts, DataSpec({"image": 16, "text": 12}, 20, vectors)
 
 
-def test_jfse_ranks_unseen_classes_better_for_knowing_their_vectors():
+@pytest.fixture
+def one_thread():
+    """Small steps wait for each other's threads on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_jfse_ranks_unseen_classes_better_for_knowing_their_vectors():
     train, test, spec = semantic()
     config = JFSEConfig(hidden=32, width=20, noise=8, critic_steps=1, allow_random=True, optimizer={"lr": 0.002})
     kinds = {"trained": (spec.class_vectors, 20), "made up": (None, 20), "untrained": (spec.class_vectors, 0)}
     found = {}
     for name, (vectors, epochs) in kinds.items():
         scores = {"unseen": [], "generalised": []}
-        for split in range(MIN_SPLITS):
+        for split in range(10):
             seen = class_split(20, generator(split, "classes"))
             of = subsets(train.labels, test.labels, seen)
             known = DataSpec(spec.dims, 20, vectors, seen)
@@ -276,8 +272,14 @@ def test_jfse_ranks_unseen_classes_better_for_knowing_their_vectors():
             for task, so_far in scores.items():
                 ranked = task_items(task, of, test.labels, generator(split, "halves"))
                 so_far.append(evaluate_task(learner, train, test, ranked, seed=0))
-        found[name] = {task: over_splits(s)["average"][0] for task, s in scores.items()}
-    torch.set_num_threads(threads)
-    # made-up vectors are better than none: unseen items are told apart by the seen classes they resemble
-    assert found["trained"]["unseen"] > found["made up"]["unseen"] + 0.05 > found["untrained"]["unseen"] + 0.2
-    assert found["trained"]["generalised"] > found["made up"]["generalised"] > found["untrained"]["generalised"]
+        found[name] = {task: [of_split["average"] for of_split in s] for task, s in scores.items()}
+    for task in ("unseen", "generalised"):
+        assert better(found["trained"][task], found["made up"][task])
+        # made-up vectors are better than none: unseen items are told apart by the seen classes they resemble
+        assert better(found["made up"][task], found["untrained"][task])
+
+
+def better(one, other):
+    """Whether the mean difference over splits is above two of its standard errors."""
+    apart = [a - b for a, b in zip(one, other, strict=True)]
+    return statistics.fmean(apart) > 2 * statistics.stdev(apart) / math.sqrt(len(apart))
