@@ -28,8 +28,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import clients.app
 import server.federation
 from fedxmr import checkpoint, commands, events, pictures, recording, report  # noqa: F401 - imported before the forks
-from fedxmr.learners.dscmr import DSCMR
 from fedxmr.recording import Recorder
+from fedxmr.rounds import Client
 from fedxmr.simulate import simulate
 from fedxmr.snapshot import Snapshot, Store
 from tests.federations import SMALL, same_bytes
@@ -108,8 +108,8 @@ SCENARIOS = {
     "the report": Scenario(report, "write_json", 1, fill),
     "read-only checkpoints": Scenario(checkpoint, "begin", 2, make_read_only),
     "a limit on files": Scenario(Recorder, "write_up_to", 4, limit_files),
-    "no memory for a client's tensors": Scenario(DSCMR, "fit", 20, exhaust_torch),
-    "no memory for a client's objects": Scenario(DSCMR, "fit", 20, exhaust_python),
+    "no memory for a client's tensors": Scenario(Client, "_train", 12, exhaust_torch),
+    "no memory for a client's objects": Scenario(Client, "_train", 12, exhaust_python),
     "no memory for the server": Scenario(Recorder, "write_up_to", 4, exhaust_torch),
 }
 
