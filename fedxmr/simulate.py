@@ -139,7 +139,8 @@ def run(
             engine.run(server, "clients.app:app", config, run_config)
         return report(config, data, out, pictures=pictures)
     except BaseException as error:
-        if isinstance(error, InputError) and not (out / "metrics.jsonl").exists():  # nothing has begun: nothing is lost
+        begun = resume is not None or (out / "metrics.jsonl").exists()
+        if isinstance(error, InputError) and not begun:  # nothing is lost
             shutil.rmtree(out, ignore_errors=True)
             raise
         error.add_note(recording.outlook(out))
