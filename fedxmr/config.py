@@ -133,7 +133,7 @@ class FederationConfig(_Section):
     """Who takes part, and how long."""
 
     clients: PositiveInt = Field(3, description="N")
-    rounds: PositiveInt = Field(40, description="T")
+    rounds: PositiveInt = Field(40, description="T; of a learner that needs but one, such as cca, 1")
     epochs: PositiveInt = Field(2, description="E, local epochs of each stage")
     sample: PositiveInt | None = Field(None, description="K clients per round, drawn from (seed, round); null: all")
     standardise: Literal["federated", "client", "none"] = Field(
@@ -246,12 +246,16 @@ class Config(_Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, value: Any) -> Any:
-        """A strategy's name brings its choices, a bare name stands for a section with that name."""
+        """A strategy's name brings its choices, a learner's its rounds; a bare name stands for a section with it."""
         if not isinstance(value, Mapping):
             return value
         value = _spelt_out(value)
         if isinstance(chosen := value.get("strategy"), Mapping):
             value["strategy"] = {**preset(str(chosen.get("name", _NAMED["strategy"]))), **chosen}
+        learner, federation = value.get("learner"), value.get("federation", {})
+        if isinstance(learner, Mapping) and isinstance(federation, Mapping):
+            rounds = getattr(learner_class(str(learner.get("name", _NAMED["learner"]))), "rounds", None)
+            value["federation"] = {"rounds": rounds, **federation} if rounds else federation
         return value
 
     def to_yaml(self) -> str:

@@ -164,10 +164,11 @@ def _headline(config: Config) -> str:
     who = f"{federation.clients} client{'s' if federation.clients > 1 else ''}"
     per_round = f", {federation.sample} per round" if federation.sample else ""
     dropout = f", dropout {federation.dropout:g}" if federation.dropout else ""
+    rounds = f"{federation.rounds} round{'s' if federation.rounds > 1 else ''}"
     task = "" if config.dataset.task == "standard" else f", {config.dataset.task}"
     return (
         f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round}{dropout} "
-        f"({config.partition.scheme}), {federation.rounds} rounds, seed {config.seed}"
+        f"({config.partition.scheme}), {rounds}, seed {config.seed}"
     )
 
 

@@ -81,6 +81,12 @@ def preset(name: str) -> dict[str, Any]:
 
 def shared_names(config: StrategyConfig, learner: Learner) -> frozenset[str]:
     """The names of the learner's state that clients share. Raises InputError where the learner has nothing such."""
+    why_not = getattr(learner, "unshared", None)
+    if why_not and config.share != "nothing":
+        raise InputError(
+            f"strategy {config.name}: the learner {type(learner).__name__} {why_not}; "
+            "expected strategy local, or fedxmr.centralized"
+        )
     match config.share:
         case "common":
             names = learner.common

@@ -158,7 +158,10 @@ class Learner(Encoder, Protocol):
     drawn in sorted order, so one seed gives one initial state on every machine and client; None leaves them
     uninitialised, for a state that is loaded next.
 
-    A class may also have `remarks(config, spec) -> Sequence[str]`: what a run should say of the learner on such data.
+    A class may also have
+    - `remarks(config, spec) -> Sequence[str]`: what a run should say of the learner on such data;
+    - `unshared: str`: why no strategy can share anything of it, as "is ..."; each client then learns alone;
+    - `rounds: int`: how many a run has where nobody says.
     """
 
     Config: ClassVar[type[BaseModel]]

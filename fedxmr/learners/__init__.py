@@ -13,11 +13,22 @@ from torch import Tensor
 from fedxmr.errors import InputError, unknown
 from fedxmr.types import DataSpec, Learner
 
+FLOORS: dict[str, str] = {
+    "cca": "fedxmr.learners.correlation:CCA",
+    "cosine": "fedxmr.learners.untrained:Cosine",
+    "logistic": "fedxmr.learners.logistic:Logistic",
+    "mcca": "fedxmr.learners.correlation:MCCA",
+    "mvda": "fedxmr.learners.mvda:MvDA",
+    "pls": "fedxmr.learners.correlation:PLS",
+}
+"""Classical methods that every table is to be judged against: fitted in one round, by one client or by each alone."""
+
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
     "drsl": "fedxmr.learners.drsl:DRSL",
     "mccn": "fedxmr.learners.mccn:MCCN",
     "jfse": "fedxmr.learners.jfse:JFSE",
+    **FLOORS,
 }
 """Name -> "module:Class", imported when asked for: nobody waits for a learner they do not use."""
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedxmr.errors import InputError
 from fedxmr.experiment import configured, read_experiment
-from fedxmr.learners import LEARNERS, learner_class
+from fedxmr.learners import FLOORS, LEARNERS, learner_class
 from fedxmr.seeding import generator
 from fedxmr.types import DataSpec, Items, Proximal
 
@@ -66,6 +67,11 @@ def same(a, b) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+def unshared(learner) -> bool:
+    """Whether it says that no strategy can share anything of it."""
+    return bool(getattr(learner, "unshared", None))
+
+
 class LearnerContract:
     """Subclass it with a fixture `kind` that returns the learner's class."""
 
@@ -98,7 +104,7 @@ class LearnerContract:
     def test_what_it_names_is_in_its_state(self, make):
         learner = make()
         names = set(learner.state())
-        assert learner.common
+        assert learner.common or unshared(learner)
         assert learner.trainable or learner.statistics
         for group in (learner.common, learner.trainable, learner.statistics, learner.by_class):
             assert group <= names
@@ -183,14 +189,15 @@ class LearnerContract:
 
     def test_part_of_a_state_can_be_loaded(self, make):
         learner, other = make(seed=0), make(seed=1)
-        before, part = learner.state(), {name: t for name, t in other.state().items() if name in learner.common}
+        names = learner.common or {min(learner.trainable)}
+        before, part = learner.state(), {name: t for name, t in other.state().items() if name in names}
         learner.load(part)
         assert same(learner.state(), before | part)
 
     def test_a_wrong_state_raises_and_loads_nothing(self, make):
         learner = make()
         before = learner.state()
-        good = sorted(learner.common)[0]
+        good = min(learner.common or learner.trainable)
         moved = {good: before[good] + 1}
         last = max(before, key=lambda name: before[name].numel())
         for wrong in ({"no.such.name": torch.zeros(1)}, {last: torch.zeros(2, 3, 4, 5)}):
@@ -267,7 +274,7 @@ class LearnerContract:
             learner = make()
             start = learner.state()
             names = learner.trainable & getattr(learner, share)
-            if not names:
+            if not names or unshared(learner):
                 pytest.skip("nothing that FedProx shares")
             anchor = {name: start[name] for name in names}
             learner.fit(problem(), 20, generator(0, "fit"), Proximal(mu, anchor))
@@ -316,7 +323,10 @@ class LearnerContract:
 
     @pytest.mark.parametrize("held", [h for k in range(4) for h in combinations(THREE.dims, k)], ids="+".join)
     def test_what_a_client_owns_is_what_it_trains(self, make, held):
-        learner = make(spec=THREE)
+        try:
+            learner = make(spec=THREE)
+        except InputError as error:
+            pytest.skip(f"not defined for three modalities: {error}")
         before = learner.state()
         learner.fit(problem(modalities=held, spec=THREE), 2, generator(0, "fit"))
         after = learner.state()
@@ -342,7 +352,8 @@ class LearnerContract:
 
 
 class TestRegisteredLearners(LearnerContract):
-    @pytest.fixture(params=sorted(LEARNERS))
+    # cosine holds no state and refuses modalities of different width: tests/unit/test_classical.py has its tests
+    @pytest.fixture(params=sorted(LEARNERS.keys() - {"cosine"}))
     def kind(self, request):
         return learner_class(request.param)
 
@@ -364,8 +375,9 @@ def learners_in_experiments() -> frozenset[str]:
 
 def lacking(name: str) -> set[str]:
     """What a learner of this name has not got that every registered one must have."""
+    tests = "floors" if name in FLOORS else name  # that file sees to it that it has every one of FLOORS
     there = {
-        "reference test": (ROOT / "tests" / "reference" / f"test_{name}_reference.py").is_file(),
+        "reference test": (ROOT / "tests" / "reference" / f"test_{tests}_reference.py").is_file(),
         "experiment": name in learners_in_experiments(),
         # as it is given on a command line
         "mention in README.md": bool(re.search(rf"\b{re.escape(name)}\b", (ROOT / "README.md").read_text("utf-8"))),
@@ -390,12 +402,15 @@ def test_every_option_of_a_learner_is_described_and_frozen(name):
     assert all(field.description for field in config.model_fields.values())
 
 
+OPTIMISED = sorted(LEARNERS.keys() - FLOORS.keys())  # floors are solved for
+
+
 @pytest.mark.parametrize(
     "change",
     [{"name": "sgd"}, {"lr": 0.5}, {"betas": (0.1, 0.2)}, {"weight_decay": 0.5}],
     ids=lambda change: next(iter(change)),
 )
-@pytest.mark.parametrize("name", sorted(LEARNERS))
+@pytest.mark.parametrize("name", OPTIMISED)
 def test_changing_one_number_of_the_optimiser_keeps_the_others(name, change):
     config = learner_class(name).Config
     default = config().optimizer.model_dump()
@@ -403,6 +418,6 @@ def test_changing_one_number_of_the_optimiser_keeps_the_others(name, change):
     assert config(optimizer=change).optimizer.model_dump() == default | change
 
 
-@pytest.mark.parametrize("name", sorted(LEARNERS))
+@pytest.mark.parametrize("name", OPTIMISED)
 def test_every_number_of_the_optimiser_is_among_those_that_are_changed(name):
     assert set(learner_class(name).Config().optimizer.model_dump()) == {"name", "lr", "betas", "weight_decay"}

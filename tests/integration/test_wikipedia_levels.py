@@ -37,6 +37,22 @@ def test_centralised_training_reaches_its_level(benchmark_data: Path, tmp_path: 
     assert summary["test"]["last"]["mean"]["average"] > 0.9 * 0.433
 
 
+def test_cca_is_at_the_level_known_of_it(benchmark_data: Path, tmp_path: Path):
+    changes = (
+        "dataset.features=sift-lda",
+        f"dataset.data_dir={benchmark_data}",
+        "evaluation.on=all-test",
+        "federation.clients=1",
+        "strategy=local",
+        "learner=cca",
+        "learner.components=7",
+    )
+    summary = run(resolve(override({}, ["dataset=wikipedia", *changes])), tmp_path / "run", pictures=False)
+    assert summary["rounds"] == 1
+    found = summary["test"]["last"]["mean"]
+    assert (round(found["image->text"], 3), round(found["text->image"], 3)) == (0.247, 0.201)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(("features", "rounds", "seen"), [("cnn-tfidf", 10, 0.411), ("sift-lda", 5, 0.286)])
 def test_drsl_reaches_its_level(benchmark_data: Path, tmp_path: Path, features: str, rounds: int, seen: float):
