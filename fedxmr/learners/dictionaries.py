@@ -24,6 +24,7 @@ JITTER = 1e-8
 _TOLERANCE = 1e-12
 _ROUNDING = 1e-14
 _NEWTON_STEPS = 200
+_FLAT_STEPS = 8
 _SWEEPS = 2000
 
 
@@ -88,12 +89,14 @@ def _dual(gram: Tensor, cross: Tensor, bound: float) -> Tensor:
 
     multipliers = torch.full((len(gram),), scale, dtype=gram.dtype)
     factor, found, value = at(multipliers)
+    flat = 0
     for _ in range(_NEWTON_STEPS):
         columns = found.T @ found
         slope = bound - columns.diagonal()
         resting = (multipliers <= _TOLERANCE * scale) & (slope > 0)
         free = (~resting).nonzero().flatten()
-        if not len(free) or float(slope[free].abs().max()) <= _TOLERANCE * bound:
+        # nearly singular, rounding may keep the slope from ever getting there
+        if not len(free) or float(slope[free].abs().max()) <= _TOLERANCE * bound or flat == _FLAT_STEPS:
             break
         step = torch.zeros_like(multipliers)
         step[free] = _newton_step((columns * torch.cholesky_inverse(factor))[free][:, free], slope[free])
@@ -108,6 +111,7 @@ def _dual(gram: Tensor, cross: Tensor, bound: float) -> Tensor:
             length /= 2
             if length < _TOLERANCE:
                 return found
+        flat = flat + 1 if new_value >= value - _ROUNDING * abs(value) else 0
         multipliers, factor, found, value = there, new_factor, new_found, new_value
     return found
 
