@@ -15,6 +15,7 @@ from fedxmr.types import DataSpec, Learner
 
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
+    "dlsl": "fedxmr.learners.dlsl:DLSL",
     "drsl": "fedxmr.learners.drsl:DRSL",
     "mccn": "fedxmr.learners.mccn:MCCN",
     "jfse": "fedxmr.learners.jfse:JFSE",
