@@ -24,8 +24,9 @@ part, or are silent:
   lacks count as if they cost, for their weight, what its own do. The proximal term is left out.
 
 Federation. Codes and dictionaries are what they are up to a rotation, so all of D_m and U spans the common space: U
-alone transfers nothing. `load` scales averaged and extrapolated columns back to the bound. FedProx is in closed form:
-mu/2 |D - D_t|^2 beside w |X - D Z|^2 / n adds mu/2 I to w A and mu/2 D_t to w B, of
+alone transfers nothing. `load` scales averaged and extrapolated columns back to the bound. An epoch solves for them
+anew, so FedCMR's enhancement on a fifth of the items forgets much of what was merged (`strategy.joint_fraction=1` has
+none). FedProx is in closed form: mu/2 |D - D_t|^2 beside w |X - D Z|^2 / n adds mu/2 I to w A and mu/2 D_t to w B, of
 
 `share: statistics`, the exact way. For each dictionary the state has A = Z Z' / n and B = X Z' / n of the last epoch, n
 the client's items; their means weighted by n are A and B of all items together. `load` of these without the dictionary
