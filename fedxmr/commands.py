@@ -81,7 +81,7 @@ Task = Annotated[
 ]
 Features = Annotated[str | None, option("which features of the data set, such as sift-lda")]
 DataDir = Annotated[Path | None, option("where to look for data files first")]
-LearnerName = Annotated[str | None, option("dscmr (default), drsl, jfse, mccn, or package.module:Class")]
+LearnerName = Annotated[str | None, option("dscmr (default), dlsl, drsl, jfse, mccn, or package.module:Class")]
 Rounds = Annotated[int | None, option("communication rounds")]
 Seed = Annotated[int | None, option("of everything that is drawn")]
 Protocol = Annotated[ProtocolName | None, option("paper also reports the best round on test, a leak")]

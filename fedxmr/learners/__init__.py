@@ -25,6 +25,7 @@ FLOORS: dict[str, str] = {
 
 LEARNERS: dict[str, str] = {
     "dscmr": "fedxmr.learners.dscmr:DSCMR",
+    "dlsl": "fedxmr.learners.dlsl:DLSL",
     "drsl": "fedxmr.learners.drsl:DRSL",
     "mccn": "fedxmr.learners.mccn:MCCN",
     "jfse": "fedxmr.learners.jfse:JFSE",

@@ -402,7 +402,14 @@ def test_every_option_of_a_learner_is_described_and_frozen(name):
     assert all(field.description for field in config.model_fields.values())
 
 
-OPTIMISED = sorted(LEARNERS.keys() - FLOORS.keys())  # floors are solved for
+BY_STEPS = sorted(name for name in LEARNERS if "optimizer" in learner_class(name).Config.model_fields)
+"""The learners that an optimiser trains; the others are in closed form."""
+
+
+def test_a_learner_has_an_optimiser_or_sufficient_statistics():
+    kinds = {name: learner_class(name) for name in LEARNERS if name not in FLOORS}
+    in_closed_form = {name for name, kind in kinds.items() if kind(kind.Config(), SPEC, CPU, None).statistics}
+    assert in_closed_form == LEARNERS.keys() - FLOORS.keys() - set(BY_STEPS)
 
 
 @pytest.mark.parametrize(
@@ -410,7 +417,7 @@ OPTIMISED = sorted(LEARNERS.keys() - FLOORS.keys())  # floors are solved for
     [{"name": "sgd"}, {"lr": 0.5}, {"betas": (0.1, 0.2)}, {"weight_decay": 0.5}],
     ids=lambda change: next(iter(change)),
 )
-@pytest.mark.parametrize("name", OPTIMISED)
+@pytest.mark.parametrize("name", BY_STEPS)
 def test_changing_one_number_of_the_optimiser_keeps_the_others(name, change):
     config = learner_class(name).Config
     default = config().optimizer.model_dump()
@@ -418,6 +425,6 @@ def test_changing_one_number_of_the_optimiser_keeps_the_others(name, change):
     assert config(optimizer=change).optimizer.model_dump() == default | change
 
 
-@pytest.mark.parametrize("name", OPTIMISED)
+@pytest.mark.parametrize("name", BY_STEPS)
 def test_every_number_of_the_optimiser_is_among_those_that_are_changed(name):
     assert set(learner_class(name).Config().optimizer.model_dump()) == {"name", "lr", "betas", "weight_decay"}
