@@ -4,7 +4,8 @@
     checkpoint/round-10/client-0.safetensors    one for every client that has taken part
 
 A checkpoint is written beside its place and renamed; the newest two are kept. A state that has not changed since the
-one before is linked, not written again. Every file says which experiment it belongs to (`Config.experiment`).
+one before is linked, not written again. Every file says which experiment it belongs to (`Config.experiment`), and the
+server's has the checksums of all others.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from typing import Any
 
 from fedxmr import state
 from fedxmr.errors import InputError
-from fedxmr.snapshot import Owner, Snapshot
 from fedxmr.types import State
 
 KEPT = 2
@@ -48,7 +48,8 @@ def complete(
     begun = out / f"checkpoint/.round-{round}"
     for client in unchanged:
         _link(out / folder(before) / client_file(client), begun / client_file(client))
-    state.save(begun / "server.safetensors", server, facts)
+    files = {path.name: state.fingerprint(path) for path in sorted(begun.glob("client-*"))}
+    state.save(begun / "server.safetensors", server, {**facts, "files": files})
     shutil.rmtree(out / folder(round), ignore_errors=True)
     begun.rename(out / folder(round))
     state.sync(out / "checkpoint")
@@ -104,8 +105,11 @@ def _is_good(out: Path, round: int, experiment: str) -> bool:
 def _verified(out: Path, round: int, experiment: str) -> dict[str, Any]:
     """See to one checkpoint; the server's facts in it. Raises InputError."""
     _, facts = _server(out, round, experiment)
-    for client in map(int, facts["base"]):
-        Snapshot.load(out / folder(round) / client_file(client), Owner(client, experiment))
+    for name, fingerprint in facts["files"].items():
+        path = out / folder(round) / name
+        state.load(path)
+        if state.fingerprint(path) != fingerprint:
+            raise InputError(f"{path}: expected the file that belongs to this checkpoint, got another")
     return facts
 
 

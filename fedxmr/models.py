@@ -99,6 +99,8 @@ def load(
             f"{path}: no {which!r} model of client {client}; has the run ended, and did the client take part?"
         )
     tensors, about = state.load(path)
+    if about.get("client") != client:
+        raise InputError(f"{path}: expected the model of client {client}, got that of {about.get('client')}")
     return _retriever(config, tensors, about, device)
 
 

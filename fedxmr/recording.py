@@ -81,9 +81,18 @@ def _begun(path: Path) -> bool:
     return path.name.lstrip(".").startswith((*BEGINNINGS, "config.yaml.")) and path.is_file()
 
 
+_claims: set[Path] = set()
+
+
 @contextmanager
 def claimed(out: Path) -> Iterator[None]:
-    """A run folder for this process alone, until it ends, however it ends. Raises InputError where another has it."""
+    """A run folder for this process alone, until it ends, however it ends. Raises InputError where another has it.
+
+    Within it the process may claim the folder again.
+    """
+    if (key := out.resolve()) in _claims:
+        yield
+        return
     folder = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,26 +101,28 @@ def claimed(out: Path) -> Iterator[None]:
         raise InputError(f"{out}: another process is working in this run folder") from error
     except OSError:  # a file system without locks
         log.warning("%s: cannot be locked: take care that no other process works in it", out)
+    _claims.add(key)
     try:
         yield
     finally:
+        _claims.discard(key)
         os.close(folder)
 
 
 def add_environment(out: Path, **facts: Any) -> None:
     """Add to environment.json what is known only once an engine runs."""
-    write_json(out / "environment.json", {**_read_environment(out), **facts})
+    write_json(out / "environment.json", {**read_json(out / "environment.json"), **facts})
 
 
-def _read_environment(out: Path) -> dict[str, Any]:
-    path = out / "environment.json"
+def read_json(path: Path) -> dict[str, Any]:
+    """The content of a JSON file. Raises InputError where it is not an object, or cannot be read."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-END_PRODUCTS = ("summary.json", "retrieval.json", "pictures", "clients", "shared-*.safetensors")
+END_PRODUCTS = ("clients", "shared-*.safetensors", "pictures", "retrieval.json", "summary.json")
 """What is there only when a run has ended."""
 
 
@@ -125,7 +136,12 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
     changed = [key for key in _differing(before.model_dump(), config.model_dump()) if key != "federation.rounds"]
     if changed:
         raise InputError(f"{out}: cannot be resumed with another configuration; changed: {', '.join(changed)}")
-    had, has = before.federation.rounds, config.federation.rounds
+    _check_beginnings(out, config, data, parts)
+    has, had = config.federation.rounds, before.federation.rounds
+    if (out / "summary.json").is_file():
+        had = read_json(out / "summary.json").get("rounds", had)
+    elif rounds(out):
+        had = verify(out, config.experiment)["rounds"]
     if has < had:
         raise InputError(f"{out}: federation.rounds may grow, from {had}, got {has}")
     if (out / "summary.json").is_file() and has == had:
@@ -135,19 +151,29 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
         return True
     if rounds(out):  # else it goes on from the start
         _check_records(out, verify(out, config.experiment))
-    environment = _read_environment(out)
-    if environment.get("data_sha256") != data.sha256:
-        raise InputError(f"{out}: cannot be resumed: the data of {data.name} have changed since it began")
-    saved = load_partition(out / "partition.npz")
-    if not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
-        raise InputError(f"{out}: its partition is not the one this configuration makes")
     try:
         _sweep(out, END_PRODUCTS)
-        if has != had:
+        if has != before.federation.rounds:
             write_text(out / "config.yaml", config.to_yaml())
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
     return False
+
+
+def _check_beginnings(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> None:
+    """See that a run began with this configuration and these data. Raises InputError."""
+    environment = read_json(out / "environment.json")
+    began = environment.get("config", {})
+    left_out = ("federation.rounds", "dataset.data_dir", "runtime.")
+    now = json.loads(json.dumps(config.model_dump(mode="json", by_alias=True)))
+    changed = [key for key in _differing(began, now) if not key.startswith(left_out)]
+    if changed:
+        raise InputError(f"{out / 'config.yaml'}: is not what the run began with; changed: {', '.join(changed)}")
+    if environment.get("data_sha256") != data.sha256:
+        raise InputError(f"{out}: cannot be resumed: the data of {data.name} have changed since it began")
+    saved = load_partition(out / "partition.npz")
+    if len(saved) != len(parts) or not all(torch.equal(a.items, b.items) for a, b in zip(saved, parts, strict=True)):
+        raise InputError(f"{out}: its partition is not the one this configuration makes")
 
 
 def _sweep(out: Path, patterns: Sequence[str]) -> None:
@@ -202,6 +228,7 @@ def environment(config: Config) -> dict[str, Any]:
     packages = ("flwr", "ray", "torch", "numpy", "scipy", "safetensors", "pydantic", "tensorboard")
     return {
         "fedxmr": __version__,
+        "config": config.model_dump(mode="json", by_alias=True),
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

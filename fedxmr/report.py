@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +16,7 @@ from fedxmr.data import Dataset
 from fedxmr.evaluation import evaluate_across, evaluate_in_full
 from fedxmr.metrics import Retrieval
 from fedxmr.models import load
-from fedxmr.participation import panel
-from fedxmr.recording import read_lines, write_json
+from fedxmr.recording import read_json, read_lines, write_json
 from fedxmr.setting import own_device, remarks
 from fedxmr.summary import table
 
@@ -33,7 +31,7 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
 
     Returns the run's summary.
     """
-    summary: dict[str, Any] = json.loads((out / "summary.json").read_text())
+    summary = read_json(out / "summary.json")
     for kind in ("rejected", "failed"):
         for entry in summary[kind]:
             say(f"{kind}: client {entry['client']} in round {entry['round']}: {entry['reason']}")
@@ -42,7 +40,7 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         _close(summary, out)
         return summary
     items = data.all_test if config.evaluation.on == "all-test" else data.test
-    chosen = [k for k in panel(config) if (out / "clients" / str(k) / "selected.safetensors").is_file()]
+    chosen = [entry["client"] for entry in summary["test"]["selected"]["clients"]]
     device = own_device(config)
     models = {k: load(out, k, "selected", str(device)) for k in chosen}
     scaled = {k: model.scale(items).to(device) for k, model in models.items()}

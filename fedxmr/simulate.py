@@ -134,17 +134,18 @@ def run(
     for remark in (*remarks(config, data), *engine.remarks(config), *_foreseen(config)):
         say(f"warning: {remark}")
     run_config = {"config": config.to_yaml(), "out": str(out.resolve()), "resume": resume is not None}
-    try:
-        if not ended:
-            engine.run(server, "clients.app:app", config, run_config)
-        return report(config, data, out, pictures=pictures)
-    except BaseException as error:
-        begun = resume is not None or (out / "metrics.jsonl").exists()
-        if isinstance(error, InputError) and not begun:  # nothing is lost
-            shutil.rmtree(out, ignore_errors=True)
+    with recording.claimed(out):
+        try:
+            if not ended:
+                engine.run(server, "clients.app:app", config, run_config)
+            return report(config, data, out, pictures=pictures)
+        except BaseException as error:
+            begun = resume is not None or (out / "metrics.jsonl").exists()
+            if isinstance(error, InputError) and not begun:  # nothing is lost
+                shutil.rmtree(out, ignore_errors=True)
+                raise
+            error.add_note(recording.outlook(out))
             raise
-        error.add_note(recording.outlook(out))
-        raise
 
 
 def _foreseen(config: Config) -> Iterator[str]:

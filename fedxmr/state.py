@@ -92,20 +92,33 @@ def load(path: Path) -> tuple[State, dict[str, Any]]:
     return state, about
 
 
+def fingerprint(path: Path) -> str:
+    """The checksum that a state's file holds, whatever it should be. Raises InputError where it holds none."""
+    try:
+        with path.open("rb") as file:
+            return _written(file)[1][0].decode()
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: not a state of fedxmr's, or damaged: {error}") from error
+
+
 def _digest(file: BinaryIO) -> tuple[re.Match[bytes], str]:
     """Where in a file its digest is written, and what it should be. Raises ValueError where none is written."""
-    file.seek(0)
-    length = file.read(8)
-    # the header follows its length, which may be damaged
-    header = file.read(min(int.from_bytes(length, "little"), os.fstat(file.fileno()).st_size))
-    start = length + header
-    found = _DIGEST.search(start)
-    if found is None:
-        raise ValueError("it has no checksum")
+    start, found = _written(file)
     digest = hashlib.sha256(start[: found.start()] + _BLANK.encode() + start[found.end() :])
     while block := file.read(1 << 20):
         digest.update(block)
     return found, digest.hexdigest()
+
+
+def _written(file: BinaryIO) -> tuple[bytes, re.Match[bytes]]:
+    """The first part of a file, and where in it the digest is written. Raises ValueError where none is."""
+    file.seek(0)
+    length = file.read(8)
+    # the header follows its length, which may be damaged
+    start = length + file.read(min(int.from_bytes(length, "little"), os.fstat(file.fileno()).st_size))
+    if (found := _DIGEST.search(start)) is None:
+        raise ValueError("it has no checksum")
+    return start, found
 
 
 def prefixed(prefix: str, state: Mapping[str, Tensor]) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -183,7 +184,7 @@ def test_the_newest_two_checkpoints_are_kept_whole(tmp_path):
     ("arguments", "says"),
     [
         (["--strategy", "fedavg"], "changed: strategy."),
-        (["--seed", "3"], "cannot be resumed with another configuration; changed: seed"),
+        (["--seed", "3"], "cannot be resumed with another configuration; changed: dataset.seed, seed"),
         (["learner.eta=0.5"], "changed: learner.eta"),
         (["--rounds", "3"], "federation.rounds may grow, from 4, got 3"),
         ([], "this run has ended"),
@@ -216,7 +217,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path):
     path.write_bytes(content)
     one, other = (out / checkpoint.folder(newest) / f"client-{k}.safetensors" for k in (0, 1))
     one.write_bytes(other.read_bytes())
-    with pytest.raises(InputError, match=r"expected the state of client 0, got that of 1; .* from round 2, remove"):
+    with pytest.raises(InputError, match=r"expected the file that belongs to this .* from round 2, remove"):
         run(grown, None, resume=out, pictures=False)
 
 
@@ -237,7 +238,7 @@ def test_a_checkpoint_of_another_experiment_is_refused(tmp_path, capsys):
     config = tmp_path / "seed0" / "config.yaml"
     config.write_text(config.read_text().replace("step: 0.25", "step: 0.5"))
     assert commands.run(simulate, resume) == commands.BAD_INPUT
-    assert "which config.yaml describes, got round 3 of" in capsys.readouterr().err
+    assert "config.yaml: is not what the run began with; changed: learner.step" in capsys.readouterr().err
 
 
 def test_an_older_checkpoint_is_offered_only_where_it_is_good(tmp_path, capsys):
@@ -315,3 +316,85 @@ def test_a_run_folder_that_another_process_works_in_is_left_alone(tmp_path, caps
     assert f"{out}: another process is working in this run folder" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     assert commands.run(simulate, [*how, str(out), "--rounds", "9", "--no-pictures"]) == commands.OK
+
+
+FEW = ("federation.clients=8", "federation.sample=2", "evaluation.clients=4")
+
+
+@pytest.mark.parametrize("assignments", [(), FEW], ids=["all", "panel members that never trained"])
+def test_a_client_file_of_an_earlier_checkpoint_is_noticed(tmp_path, capsys, assignments):
+    out = tmp_path / "run"
+    federate(out, *assignments, base=BASE)
+    newest, before = (out / checkpoint.folder(round) for round in (8, 6))
+    for file in sorted(newest.glob("client-*")):
+        kept = file.read_bytes()
+        if not (before / file.name).exists() or kept == (before / file.name).read_bytes():
+            continue  # it did nothing in between
+        file.unlink()  # not through the link to the same file
+        file.write_bytes((before / file.name).read_bytes())
+        assert commands.run(simulate, ["--resume", str(out), "--rounds", "12"]) == commands.BAD_INPUT
+        error = capsys.readouterr().err
+        assert f"{file}: expected the file that belongs to this checkpoint, got another" in error
+        assert "to go on from round 6, remove" in error
+        file.write_bytes(kept)
+    assert commands.run(simulate, ["--resume", str(out), "--rounds", "12", "--no-pictures"]) == commands.OK
+
+
+def edit(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("when", [1, 16], ids=["before a checkpoint", "after one"])
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("gamma: 0.5", "gamma: 0.7", "config.yaml: is not what the run began with; changed: strategy.gamma"),
+        ("seed: 0", "seed: 5", "config.yaml: is not what the run began with; changed: dataset.seed, seed"),
+        ("clients: 3", "clients: 4", "is not what the run began with; changed: federation.clients"),
+    ],
+)
+def test_a_configuration_edited_by_hand_is_refused_naming_the_key(tmp_path, monkeypatch, capsys, when, old, new, says):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, when)
+        run(configured(base=BASE), out, pictures=False)
+    edit(out / "config.yaml", old, new)
+    assert commands.run(simulate, ["--resume", str(out)]) == commands.BAD_INPUT
+    assert says in capsys.readouterr().err
+
+
+def test_fewer_rounds_written_by_hand_are_refused(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        interrupt_after(patch, 22)
+        run(configured(base=BASE), out, pictures=False)
+    edit(out / "config.yaml", "rounds: 9", "rounds: 3")
+    assert commands.run(simulate, ["--resume", str(out)]) == commands.BAD_INPUT
+    assert "federation.rounds may grow, from 9, got 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda out: (out / "summary.json").write_text("{"), "summary.json: cannot be read"),
+        (lambda out: (out / "clients" / "1" / "selected.safetensors").unlink(), "no 'selected' model of client 1"),
+        (
+            lambda out: shutil.copy(
+                out / "clients" / "1" / "selected.safetensors", out / "clients" / "0" / "selected.safetensors"
+            ),
+            "expected the model of client 0, got that of 1",
+        ),
+        (lambda out: edit(out / "config.yaml", "gamma: 0.5", "gamma: 0.7"), "changed: strategy.gamma"),
+    ],
+)
+def test_a_report_is_not_made_of_something_else(tmp_path, monkeypatch, capsys, damage, says):
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("fedxmr.report.evaluate_across", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        run(configured(base=BASE), out, pictures=False)
+    damage(out)
+    assert commands.run(simulate, ["--resume", str(out), "--no-pictures"]) == commands.BAD_INPUT
+    assert says in capsys.readouterr().err
+    assert (out / "checkpoint").is_dir()
