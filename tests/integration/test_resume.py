@@ -184,7 +184,7 @@ def test_the_newest_two_checkpoints_are_kept_whole(tmp_path):
     ("arguments", "says"),
     [
         (["--strategy", "fedavg"], "changed: strategy."),
-        (["--seed", "3"], "cannot be resumed with another configuration; changed: dataset.seed, seed"),
+        (["--seed", "3"], "cannot be resumed with another configuration; changed: seed"),
         (["learner.eta=0.5"], "changed: learner.eta"),
         (["--rounds", "3"], "federation.rounds may grow, from 4, got 3"),
         ([], "this run has ended"),
