@@ -1,4 +1,4 @@
-"""Federated learning for cross-modal retrieval: FedCMR, FedAvg and FedProx, simulated or between institutions."""
+"""Federated learning for cross-modal retrieval: FedCMR, FedAvg and FedProx, simulated."""
 
 from __future__ import annotations
 
