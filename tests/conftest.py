@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 NEEDED = {
     "iaprtc12": ("iaprtc12/TS_vis_vgg128.csv", "iaprtc12/TS_lang_biGRU.csv"),
@@ -42,3 +43,12 @@ def benchmark_folder() -> Callable[[str], Path]:
 def benchmark_data(benchmark_folder: Callable[[str], Path]) -> Path:
     """The folder of the real Wikipedia files."""
     return benchmark_folder("wikipedia")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Bit-equality is promised at one thread; and small steps wait for each other's threads on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -21,12 +21,7 @@ MODALITIES = ("audio", "image", "text")
 K = 6
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def data(n=90, purpose="items", noise=1.0, modalities=MODALITIES, labels=None):

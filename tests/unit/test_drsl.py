@@ -25,13 +25,7 @@ STILL = {"lr": 1e-30}
 """A vanishing learning rate: all batches see the initial parameters."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small steps wait for each other's threads on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def learner(spec=SPEC, **options):

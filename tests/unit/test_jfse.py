@@ -27,13 +27,7 @@ ZERO_SHOT = dataclasses.replace(SPEC, seen=SEEN)
 SMALL = {"hidden": 8, "noise": 4, "discriminator": (6, 4), "critic_steps": 2}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small steps wait for each other's threads on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def learner(spec=SPEC, rng=True, **options):

@@ -20,13 +20,7 @@ CPU = torch.device("cpu")
 SPEC = DataSpec({"image": 5, "text": 3, "audio": 4}, 4)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small steps wait for each other's threads on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def learner(spec=SPEC, seed=0, **options):

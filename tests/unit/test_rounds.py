@@ -22,12 +22,7 @@ STILL = (
 """No step moves anything: whatever changes in a round is where prototypes start."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def first_round(*assignments):

@@ -246,15 +246,6 @@ def semantic(noise=0.3):
     return *parts, DataSpec({"image": 16, "text": 12}, 20, vectors)
 
 
-@pytest.fixture
-def one_thread():
-    """Small steps wait for each other's threads on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 def test_jfse_ranks_unseen_classes_better_for_knowing_their_vectors():
     train, test, spec = semantic()
