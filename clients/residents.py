@@ -51,6 +51,10 @@ class Place:
             budget=int(config.get("memory-budget", 0)),
         )
 
+    def store(self, client: Client) -> Store:
+        """The durable states of a client here."""
+        return Store(self.states, client.owner)
+
 
 class Residents:
     """The clients of one run in this process, those used last at the end."""
@@ -81,7 +85,7 @@ class Residents:
         client = self._clients.pop(place.client, None)
         if client is None:
             client = self._new(context, place)
-            if (held := Store(place.states, client.owner).load(base)) is not None:
+            if (held := place.store(client).load(base)) is not None:
                 client.roll_back(held)
         if place.alive:
             self._clients[place.client] = client
@@ -89,7 +93,7 @@ class Residents:
             self._shrink(place)
         else:
             yield client
-            Store(place.states, client.owner).save(client.snapshot())
+            place.store(client).save(client.snapshot())
 
     def _shrink(self, place: Place) -> None:
         """Move clients to files, those used longest ago first, until the rest fits the budget."""
@@ -100,7 +104,7 @@ class Residents:
                 return
             client = self._clients[k]
             for held in client.states():
-                Store(place.states, client.owner).save(held)
+                place.store(client).save(held)
             del self._clients[k]  # not before: where the disk is full it stays alive
             total -= self._sizes.pop(k, 0)
 

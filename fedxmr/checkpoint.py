@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedxmr import state
+from fedxmr.config import Config
 from fedxmr.errors import InputError
 from fedxmr.types import State
 
@@ -42,14 +43,19 @@ def begin(out: Path, round: int) -> str:
 
 
 def complete(
-    out: Path, round: int, server: State, facts: dict[str, Any], unchanged: Iterable[int], before: int
+    out: Path, config: Config, server: State, standing: dict[str, Any], unchanged: Iterable[int], before: int
 ) -> None:
-    """Add the server's state and the unchanged clients' of checkpoint `before`, put all in place, drop old ones."""
+    """Add the server's state and the unchanged clients' of checkpoint `before`, put all in place, drop old ones.
+
+    standing: what `newest` gives back, its round included.
+    """
+    round = standing["round"]
     begun = out / f"checkpoint/.round-{round}"
     for client in unchanged:
         _link(out / folder(before) / client_file(client), begun / client_file(client))
     files = {path.name: state.fingerprint(path) for path in sorted(begun.glob("client-*"))}
-    state.save(begun / "server.safetensors", server, {**facts, "files": files})
+    about = {"experiment": config.experiment, "rounds": config.federation.rounds, "standing": standing, "files": files}
+    state.save(begun / "server.safetensors", server, about)
     shutil.rmtree(out / folder(round), ignore_errors=True)
     begun.rename(out / folder(round))
     state.sync(out / "checkpoint")
@@ -72,16 +78,18 @@ def rounds(out: Path) -> list[int]:
 
 
 def newest(out: Path, experiment: str) -> tuple[State, dict[str, Any]]:
-    """The server's state and facts of the newest checkpoint, of which there is one.
+    """The server's state and standing of the newest checkpoint, of which there is one.
 
     Raises InputError where it is damaged or of another experiment.
     """
-    return _server(out, rounds(out)[-1], experiment)
+    tensors, about = _server(out, rounds(out)[-1], experiment)
+    return tensors, about["standing"]
 
 
 def verify(out: Path, experiment: str) -> dict[str, Any]:
-    """See that the newest checkpoint, of which there is one, is whole and of this experiment; the server's facts in it.
+    """See that the newest checkpoint, of which there is one, is whole and of this experiment.
 
+    Returns what its server's file says besides arrays: experiment, rounds, standing, files.
     Raises InputError where it is not, which offers the one before where that is.
     """
     found = rounds(out)
@@ -103,21 +111,20 @@ def _is_good(out: Path, round: int, experiment: str) -> bool:
 
 
 def _verified(out: Path, round: int, experiment: str) -> dict[str, Any]:
-    """See to one checkpoint; the server's facts in it. Raises InputError."""
-    _, facts = _server(out, round, experiment)
-    for name, fingerprint in facts["files"].items():
+    """See to one checkpoint; what its server's file says. Raises InputError."""
+    _, about = _server(out, round, experiment)
+    for name, fingerprint in about["files"].items():
         path = out / folder(round) / name
-        state.load(path)
-        if state.fingerprint(path) != fingerprint:
+        if state.verify(path) != fingerprint:
             raise InputError(f"{path}: expected the file that belongs to this checkpoint, got another")
-    return facts
+    return about
 
 
 def _server(out: Path, round: int, experiment: str) -> tuple[State, dict[str, Any]]:
     path = out / folder(round) / "server.safetensors"
-    tensors, facts = state.load(path)
-    if facts.get("experiment") != experiment or facts.get("round") != round:
+    tensors, about = state.load(path)
+    of, at = about.get("experiment"), about.get("standing", {}).get("round")
+    if (of, at) != (experiment, round):
         expected = f"round {round} of experiment {experiment}, which config.yaml describes"
-        got = f"round {facts.get('round')} of {facts.get('experiment')}"
-        raise InputError(f"{path}: expected {expected}, got {got}")
-    return tensors, facts
+        raise InputError(f"{path}: expected {expected}, got round {at} of {of}")
+    return tensors, about

@@ -263,15 +263,21 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
     @property
-    def experiment(self) -> str:
-        """The name of the run that states belong to: a digest of the configuration.
+    def identity(self) -> dict[str, Any]:
+        """What may not change while a run goes on, as JSON.
 
         It leaves out `runtime`, where the data lie, and how many rounds there are, which may grow.
         """
-        tree = self.model_dump(
-            mode="json", exclude={"runtime": True, "federation": {"rounds"}, "dataset": {"data_dir"}}
+        return self.model_dump(
+            mode="json",
+            by_alias=True,
+            exclude={"runtime": True, "federation": {"rounds"}, "dataset": {"data_dir"}},
         )
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def experiment(self) -> str:
+        """The name of the run that states belong to: a digest of its identity."""
+        return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod
     def from_yaml(cls, text: str) -> Config:

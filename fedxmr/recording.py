@@ -137,20 +137,19 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
     if changed:
         raise InputError(f"{out}: cannot be resumed with another configuration; changed: {', '.join(changed)}")
     _check_beginnings(out, config, data, parts)
-    has, had = config.federation.rounds, before.federation.rounds
-    if (out / "summary.json").is_file():
-        had = read_json(out / "summary.json").get("rounds", had)
-    elif rounds(out):
-        had = verify(out, config.experiment)["rounds"]
-    if has < had:
-        raise InputError(f"{out}: federation.rounds may grow, from {had}, got {has}")
-    if (out / "summary.json").is_file() and has == had:
+    has = config.federation.rounds
+    summary = read_json(out / "summary.json") if (out / "summary.json").is_file() else {}
+    if summary.get("rounds") == has:
         if (out / "retrieval.json").is_file():
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
         _sweep(out, ())
         return True
-    if rounds(out):  # else it goes on from the start
-        _check_records(out, verify(out, config.experiment))
+    last = verify(out, config.experiment) if rounds(out) else {}  # without one it goes on from the start
+    had = max(before.federation.rounds, *(known.get("rounds", 0) for known in (summary, last)))
+    if has < had:
+        raise InputError(f"{out}: federation.rounds may grow, from {had}, got {has}")
+    if last:
+        _check_records(out, last["standing"])
     try:
         _sweep(out, END_PRODUCTS)
         if has != before.federation.rounds:
@@ -163,10 +162,7 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
 def _check_beginnings(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> None:
     """See that a run began with this configuration and these data. Raises InputError."""
     environment = read_json(out / "environment.json")
-    began = environment.get("config", {})
-    left_out = ("federation.rounds", "dataset.data_dir", "runtime.")
-    now = json.loads(json.dumps(config.model_dump(mode="json", by_alias=True)))
-    changed = [key for key in _differing(began, now) if not key.startswith(left_out)]
+    changed = list(_differing(environment.get("identity", {}), config.identity))
     if changed:
         raise InputError(f"{out / 'config.yaml'}: is not what the run began with; changed: {', '.join(changed)}")
     if environment.get("data_sha256") != data.sha256:
@@ -228,7 +224,7 @@ def environment(config: Config) -> dict[str, Any]:
     packages = ("flwr", "ray", "torch", "numpy", "scipy", "safetensors", "pydantic", "tensorboard")
     return {
         "fedxmr": __version__,
-        "config": config.model_dump(mode="json", by_alias=True),
+        "identity": config.identity,
         "commit": _commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -76,6 +76,19 @@ def sync(folder: Path) -> None:
 
 def load(path: Path) -> tuple[State, dict[str, Any]]:
     """The state and the facts in a file. Raises InputError for a missing, truncated or changed one."""
+    verify(path)
+    try:
+        with safe_open(path, framework="pt") as opened:
+            about = json.loads(opened.metadata()["about"])
+            # clones: torch's own aligned memory, since alignment can change the bits of what is computed from it
+            state = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return state, about
+
+
+def verify(path: Path) -> str:
+    """See that no byte of a state's file has changed; its checksum. Raises InputError, also for a missing one."""
     if not path.is_file():
         raise InputError(f"{path}: no such file")
     try:
@@ -83,22 +96,22 @@ def load(path: Path) -> tuple[State, dict[str, Any]]:
             found, digest = _digest(file)
         if found[0].decode() != digest:
             raise ValueError("its checksum does not match")
-        with safe_open(path, framework="pt") as opened:
-            about = json.loads(opened.metadata()["about"])
-            # clones: torch's own aligned memory, since alignment can change the bits of what is computed from it
-            state = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise InputError(f"{path}: not a state of fedxmr's, or damaged: {error}") from error
-    return state, about
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return digest
 
 
 def fingerprint(path: Path) -> str:
-    """The checksum that a state's file holds, whatever it should be. Raises InputError where it holds none."""
+    """The checksum that a state's file says it has, which is not compared. Raises InputError where it says none."""
     try:
         with path.open("rb") as file:
             return _written(file)[1][0].decode()
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: not a state of fedxmr's, or damaged: {error}") from error
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path}: not a state of fedxmr's, or damaged: {error}")
 
 
 def _digest(file: BinaryIO) -> tuple[re.Match[bytes], str]:

@@ -257,12 +257,8 @@ class Federation:
             changed = [k for k in everyone if k in self._panel or standing.base[k] > before]
             self._ask_for_states(wire.CHECKPOINT, checkpoint.begin(out, standing.round), changed)
             unchanged = sorted(set(everyone) - set(changed))
-            facts = {
-                **standing.facts(self._recorder.position()),
-                "experiment": self._config.experiment,
-                "rounds": self._config.federation.rounds,
-            }
-            checkpoint.complete(out, standing.round, standing.tensors(), facts, unchanged, before)
+            facts = standing.facts(self._recorder.position())
+            checkpoint.complete(out, self._config, standing.tensors(), facts, unchanged, before)
 
     def _ask_for_states(self, kind: str, folder: str, clients: Sequence[int]) -> None:
         """Have clients write their states into a folder of the run folder, or go back to the ones there."""

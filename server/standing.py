@@ -65,8 +65,6 @@ class Standing:
         if not checkpoint.rounds(out):
             return cls()
         tensors, facts = checkpoint.newest(out, experiment)
-        for not_its_own in ("experiment", "rounds", "files"):
-            del facts[not_its_own]
         facts["base"] = {int(client): round for client, round in facts["base"].items()}
         facts["selection"] = Selection.from_json(facts["selection"])
         return cls(shared=under("shared", tensors), selected_shared=under("selected", tensors), **facts)

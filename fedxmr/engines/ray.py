@@ -103,8 +103,8 @@ class RayGrid(CarrierGrid):
         clock.shift("messages", course.longest())
         if course.lost:
             about = messages[0].metadata
-            lost = {"died": course.died, "hung": course.hung, "found": course.found}
-            raise StateLost(about.message_type, int(about.group_id or 0), **lost)
+            at = about.message_type, int(about.group_id or 0)
+            raise StateLost(*at, died=course.died, hung=course.hung, found=course.found)
         return course.replies
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 from torch import Tensor
 
-from fedxmr.errors import InputError, unknown
+from fedxmr.errors import InputError, reason, unknown
 from fedxmr.types import DataSpec, Learner
 
 FLOORS: dict[str, str] = {
@@ -79,5 +79,4 @@ def describe(error: BaseException) -> str:
     """An error of somebody else's code in one line: what it was, its words and where it was raised."""
     frames = traceback.extract_tb(error.__traceback__)
     at = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    words = " ".join(str(error).split())
-    return f"{type(error).__name__}{': ' if words else ''}{words}{at}"
+    return f"{reason(error)}{at}"
