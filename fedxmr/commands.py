@@ -121,7 +121,7 @@ def configure(
         raise InputError("--resume: takes its configuration from the run folder, expected no --config")
     source = resume / "config.yaml" if resume is not None else file
     tree = read_yaml(source) if source else {}
-    experiment = tree.pop("experiment", None)  # that section is for fedxmr.reproduce
+    experiment, _ = (tree.pop(section, None) for section in ("experiment", "sweep"))  # these are for fedxmr.reproduce
     if method is not None:
         from fedxmr.experiment import read_experiment
 

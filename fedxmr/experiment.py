@@ -1,97 +1,226 @@
-"""An experiment: methods tuned on validation with equal effort, then run over several seeds.
+"""An experiment: methods tuned on validation with equal effort, then run over several seeds; or swept over values.
 
-An experiment is a configuration file with one section more, which `simulate --config` leaves alone:
+An experiment is a configuration file with two sections more, which `simulate --config` leaves alone:
 
+    sweep:                          # optional: every method at every combination of these values
+      strategy.alpha: [1, 5, 20]    # dotted key -> values
+      seeds: 5                      # in place of the experiment's
     experiment:
+      title: ...                    # the caption of its tables: what it answers to, and on which data
       seeds: 5                      # 0, 1, ... of the reported runs
       reference: fedcmr             # the method others are compared with
       tuning_seeds: [100]           # of the trials; never among the reported
       methods:
         fedcmr: {set: {strategy: fedcmr}, grid: {strategy.gamma: [-0.5, 0.5, 1.0]}}
         local:  {set: {strategy: local},  grid: {federation.epochs: [1, 2, 4]}}
-      published: ...                # the numbers it answers to; shown, never compared by code
+      published:                    # printed beside ours, never compared by code
+        source: ...                 # where these numbers stand, and how they were measured
+        columns: [image->text, text->image, average]
+        rows:                       # method, ours or another -> a number or null per column; or such a list per client
+          fedcmr: [[0.480, 0.429, 0.455], [0.487, 0.454, 0.471], [0.463, 0.422, 0.443]]
       departures: [...]             # what differs from where they come from
+
+In a sweep a method may say `sweep: false`: it is run once, as a level to compare with. Nothing is tuned in a sweep.
+A file with `sweep` alone sweeps its own configuration.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import subprocess
-import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
-from rich.progress import Progress
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
-from fedxmr.commands import QUIET
-from fedxmr.config import Config, merged, nested, one_line, read_yaml, resolve
-from fedxmr.errors import FederationError, InputError
-from fedxmr.recording import read_lines
+from fedxmr.config import Config, merged, nested, one_line, override, read_yaml, resolve
+from fedxmr.errors import InputError, unknown
+
+SECTIONS = ("experiment", "sweep")
+"""What an experiment's file has beyond a configuration."""
+
+Trial = Mapping[str, Any]
+"""Dotted key -> value."""
+
+Numbers = list[float | None]
 
 
-class Method(BaseModel):
-    """One row of the table."""
-
+class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Method(_Section):
+    """One row of the table, or one curve of a sweep."""
 
     set: dict[str, Any] = Field(default_factory=dict, description="configuration on top of the experiment's")
     grid: dict[str, list[Any]] = Field(default_factory=dict, description="dotted key -> values tried on validation")
+    sweep: bool = Field(True, description="false: not swept, but run once as a level to compare with")
 
     def trials(self) -> list[dict[str, Any]]:
-        """Every combination of the grid, as dotted key -> value."""
-        return [dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())]
+        """Every combination of the grid."""
+        return _combinations(self.grid)
 
 
-class Plan(BaseModel):
-    """The `experiment` section."""
+class Published(_Section):
+    """The numbers that an experiment answers to."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    source: str
+    columns: list[str] = Field([], description="names of scores: a direction, average, unseen average, fit seconds ...")
+    rows: dict[str, Numbers | list[Numbers]] = Field({}, description="name -> a number per column, or that per client")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for name in self.rows:
+            for numbers in self.by_client(name):
+                if len(numbers) != len(self.columns):
+                    raise ValueError(f"rows: expected {len(self.columns)} numbers for {name}, got {numbers}")
+        return self
+
+    def by_client(self, name: str) -> list[Numbers]:
+        """The rows under a name: one, or one per client."""
+        found = self.rows[name]
+        return [row for row in found if isinstance(row, list)] or [[n for n in found if not isinstance(n, list)]]
+
+    def mean(self, name: str, column: str) -> float | None:
+        """A column's mean over the clients; None where a number or the column is missing."""
+        if name not in self.rows or column not in self.columns:
+            return None
+        values = [row[self.columns.index(column)] for row in self.by_client(name)]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if len(known) == len(values) else None
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a method, at one point of the sweep."""
+
+    method: str
+    point: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def label(self) -> str:
+        """Such as "fedcmr, alpha=20": of each key its last part, or all of it where two end alike."""
+        ends = Counter(key.rpartition(".")[2] for key, _ in self.point)
+        short = ((key.rpartition(".")[2], key, value) for key, value in self.point)
+        return ", ".join([self.method, *(f"{end if ends[end] == 1 else key}={value}" for end, key, value in short)])
+
+
+class Plan(_Section):
+    """The `experiment` section, with the `sweep` beside it."""
 
     methods: dict[str, Method] = Field(min_length=1)
+    title: str = ""
     seeds: PositiveInt = 5
     reference: str | None = Field(None, description="the method others are compared with; null: the first")
-    tuning_seeds: list[int] = [100]
-    published: dict[str, Any] = Field(default_factory=dict)
+    tuning_seeds: list[NonNegativeInt] = Field([100], min_length=1)
+    published: Published | None = None
     departures: list[str] = []
+    sweep: dict[str, list[Any]] = {}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.reference is not None and self.reference not in self.methods:
             raise ValueError(f"reference: expected one of {', '.join(self.methods)}, got {self.reference!r}")
-        if len({len(method.trials()) for method in self.methods.values()}) > 1:
-            counts = ", ".join(f"{name} {len(method.trials())}" for name, method in self.methods.items())
-            raise ValueError(f"methods: expected the same number of validation trials for every one, got {counts}")
+        if empty := [key for key, values in self.sweep.items() if not values]:
+            raise ValueError(f"sweep: expected values of {empty[0]}, got none")
+        if self.sweep and (tuned := [name for name, method in self.methods.items() if method.grid]):
+            raise ValueError(f"methods: nothing is tuned in a sweep, got a grid of {tuned[0]}")
+        if self.sweep and not any(method.sweep for method in self.methods.values()):
+            raise ValueError("methods: expected one that is swept, got sweep: false for all")
+        counts = {name: len(method.trials()) for name, method in self.methods.items()}
+        if len(set(counts.values())) > 1:
+            shown = ", ".join(f"{name} {count}" for name, count in counts.items())
+            raise ValueError(f"methods: expected the same number of validation trials for every one, got {shown}")
+        if min(counts.values()) == 0:
+            raise ValueError("methods: expected values of every key of a grid, got none")
         if set(self.tuning_seeds) & set(range(self.seeds)):
             raise ValueError(f"tuning_seeds: {self.tuning_seeds} are among the reported seeds 0 to {self.seeds - 1}")
         return self
 
+    def rows(self) -> list[Row]:
+        """The rows of the table: every method, and where it is swept every point of the sweep."""
+        points = [tuple(point.items()) for point in _combinations(self.sweep)]
+        return [Row(n, point) for n, method in self.methods.items() for point in (points if method.sweep else [()])]
 
-def read_experiment(path: Path) -> tuple[Plan, dict[str, Any]]:
-    """The plan and the base configuration in a file. Raises InputError, also for a method that is no configuration."""
+    def reference_of(self, row: Row) -> Row | None:
+        """What a row is compared with: the reference method, where it is swept at the same point; None for itself."""
+        name = self.reference or next(iter(self.methods))
+        against = Row(name, row.point if self.methods[name].sweep else ())
+        return against if against != row and against in self.rows() else None
+
+    def only(self, names: Sequence[str]) -> Plan:
+        """The plan of some of its methods. Raises InputError for a name that is none of them."""
+        for name in names:
+            if name not in self.methods:
+                raise unknown("method", name, self.methods)
+        methods = {name: method for name, method in self.methods.items() if name in names}
+        return self.model_copy(
+            update={"methods": methods, "reference": self.reference if self.reference in methods else None}
+        )
+
+
+def read_experiment(path: Path, assignments: Sequence[str] = ()) -> tuple[Plan, dict[str, Any]]:
+    """The plan and the base configuration in a file.
+
+    assignments: `section.key=value`, laid over every method. Raises InputError, also for a method that is no
+    configuration, and for an assignment of what is tuned or swept.
+    """
     base = read_yaml(path)
-    section = base.pop("experiment", None)
-    if section is None:
-        raise InputError(f"{path}: has no section 'experiment'; `fedxmr.simulate --config` runs it")
+    experiment, sweep = (base.pop(section, None) for section in SECTIONS)
+    if experiment is None and sweep is None:
+        raise InputError(f"{path}: has no section 'experiment' or 'sweep'; `fedxmr.simulate --config` runs it")
     try:
-        plan = Plan.model_validate(section)
+        plan = Plan.model_validate(_with_sweep(path, base, experiment, sweep))
     except ValidationError as error:
         raise InputError(f"{path}: {one_line(error, Plan, ['experiment'])}") from error
-    for name, method in plan.methods.items():
+    plan, base = _overridden(plan, base, assignments)
+    for row in plan.rows():
+        method = plan.methods[row.method]
         for trial in method.trials():
             try:
-                configured(base, method, trial, 0)
+                config = configured(base, method, {**trial, **dict(row.point)}, 0)
             except InputError as error:
-                raise InputError(f"{path}: method {name}: {error}") from error
+                raise InputError(f"{path}: method {row.label}: {error}") from error
+            if config.evaluation.every == 0:
+                raise InputError(f"{path}: method {row.label}: evaluation.every: expected 1 or more to compare, got 0")
     return plan, base
 
 
-def configured(base: Mapping[str, Any], method: Method, trial: Mapping[str, Any], seed: int) -> Config:
+def _with_sweep(path: Path, base: Mapping[str, Any], experiment: Any, sweep: Any) -> dict[str, Any]:
+    """The two sections as one."""
+    for section, content in zip(SECTIONS, (experiment, sweep), strict=True):
+        if content is not None and not isinstance(content, Mapping):
+            raise InputError(f"{path}: {section}: expected keys and values, got {content!r}")
+    if experiment is None:
+        experiment = {"methods": {resolve(base).strategy.name: {}}}
+    if "sweep" in experiment:
+        raise InputError(f"{path}: sweep stands beside experiment, not in it")
+    if sweep is None:
+        return dict(experiment)
+    keys = {key: values for key, values in sweep.items() if key != "seeds"}
+    if not keys:
+        raise InputError(f"{path}: sweep: expected dotted keys and their values, such as strategy.gamma: [0.5, 1.0]")
+    seeds = {"seeds": sweep["seeds"]} if "seeds" in sweep else {}
+    return {**experiment, **seeds, "sweep": keys}
+
+
+def _overridden(plan: Plan, base: dict[str, Any], assignments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
+    """Plan and base with assignments in every method."""
+    varied = {key for method in plan.methods.values() for key in method.grid} | plan.sweep.keys()
+    for assignment in assignments:
+        key = assignment.partition("=")[0]
+        if key in varied:
+            raise InputError(f"{assignment}: {key} is what the experiment varies, expected another key")
+    methods = {
+        name: method.model_copy(update={"set": override(method.set, assignments)})
+        for name, method in plan.methods.items()
+    }
+    return plan.model_copy(update={"methods": methods}), override(base, assignments)
+
+
+def configured(base: Mapping[str, Any], method: Method, trial: Trial, seed: int) -> Config:
     """The configuration of one run."""
     tree = merged(merged(base, method.set), {"seed": seed})
     for key, value in trial.items():
@@ -99,111 +228,6 @@ def configured(base: Mapping[str, Any], method: Method, trial: Mapping[str, Any]
     return resolve(tree)
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run that has ended: what it was, and its folder."""
-
-    config: Config
-    folder: Path
-
-    @property
-    def summary(self) -> dict[str, Any]:
-        """summary.json."""
-        return dict(json.loads((self.folder / "summary.json").read_text()))
-
-    @property
-    def retrieval(self) -> dict[str, Any]:
-        """retrieval.json."""
-        return dict(json.loads((self.folder / "retrieval.json").read_text()))
-
-    @property
-    def environment(self) -> dict[str, Any]:
-        """environment.json."""
-        return dict(json.loads((self.folder / "environment.json").read_text()))
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        return read_lines(self.folder / "metrics.jsonl")
-
-
-@dataclass(frozen=True)
-class Results:
-    """chosen: method -> the trial picked on validation. runs: method -> its runs by seed.
-
-    tried: method -> per trial its mean validation mAP over the tuning seeds; empty where there was one choice only.
-    """
-
-    chosen: Mapping[str, Mapping[str, Any]]
-    tried: Mapping[str, Sequence[tuple[Mapping[str, Any], float]]]
-    runs: Mapping[str, Sequence[Run]]
-
-
-def conduct(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> Results:
-    """Tune every method on validation, then run every seed; runs that have ended already are not run again.
-
-    workers: runs side by side, each with one thread. Raises FederationError for a run that fails.
-    """
-    tuning = {
-        (name, i, seed): configured(base, method, trial, seed)
-        for name, method in plan.methods.items()
-        for i, trial in enumerate(method.trials())
-        for seed in plan.tuning_seeds
-        if len(method.trials()) > 1
-    }
-    done = _run_all(
-        {out / "tuning" / name / f"{i}-seed{s}": c for (name, i, s), c in tuning.items()}, workers, "tuning"
-    )
-    tried: dict[str, list[tuple[Mapping[str, Any], float]]] = {}
-    for name, method in plan.methods.items():
-        for i, trial in enumerate(method.trials()):
-            scores = [
-                run.summary["validation"]["selected"]["mean"]["average"]
-                for seed in plan.tuning_seeds
-                if (run := done.get(out / "tuning" / name / f"{i}-seed{seed}"))
-            ]
-            tried.setdefault(name, []).append((trial, sum(scores) / len(scores) if scores else 0.0))
-    chosen = {name: max(trials, key=lambda t: t[1])[0] for name, trials in tried.items()}
-    final = {
-        out / name / f"seed{seed}": configured(base, method, chosen[name], seed)
-        for name, method in plan.methods.items()
-        for seed in range(plan.seeds)
-    }
-    done = _run_all(final, workers, "runs")
-    runs = {name: [done[out / name / f"seed{seed}"] for seed in range(plan.seeds)] for name in plan.methods}
-    return Results(chosen, {n: t for n, t in tried.items() if len(t) > 1}, runs)
-
-
-def _run_all(wanted: Mapping[Path, Config], workers: int, what: str) -> dict[Path, Run]:
-    """Run what has not ended yet, some side by side. Raises FederationError for the first that fails."""
-    missing = {folder: config for folder, config in wanted.items() if not _ended(folder, config)}
-    with Progress() as progress, ThreadPoolExecutor(workers) as pool:
-        task = progress.add_task(what, total=len(wanted), completed=len(wanted) - len(missing))
-        try:
-            for _ in pool.map(_run_one, missing, missing.values()):
-                progress.advance(task)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return {folder: Run(config, folder) for folder, config in wanted.items()}
-
-
-def _run_one(folder: Path, config: Config) -> None:
-    """One run in a process of its own, with one thread."""
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder.with_name(f"{folder.name}.yaml")
-    file.write_text(config.to_yaml(), encoding="utf-8")
-    command = [sys.executable, "-m", "fedxmr.simulate", "--config", str(file), "--threads", "1", "--no-pictures"]
-    command += ["--out", str(folder), "--overwrite"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **QUIET})
-    if ended.returncode:
-        lines = ended.stderr.strip().splitlines() or ["no message"]
-        why = next((line for line in lines if line.startswith("error: ")), lines[-1])
-        raise FederationError(f"{folder}: {why.removeprefix('error: ')}")
-
-
-def _ended(folder: Path, config: Config) -> bool:
-    """Whether this very run has ended in this folder."""
-    if not (folder / "summary.json").is_file() or not (folder / "retrieval.json").is_file():
-        return False
-    runtime = {"runtime": config.runtime}
-    return resolve(read_yaml(folder / "config.yaml")).model_copy(update=runtime) == config
+def _combinations(values: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """Every choice of one value for each key; of no keys the empty one."""
+    return [dict(zip(values, chosen, strict=True)) for chosen in itertools.product(*values.values())]

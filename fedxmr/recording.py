@@ -122,7 +122,14 @@ def read_json(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read: {error}") from error
 
 
-END_PRODUCTS = ("clients", "shared-*.safetensors", "pictures", "retrieval.json", "summary.json")
+END_PRODUCTS = (
+    "clients",
+    "shared-*.safetensors",
+    "pictures",
+    "precisions.safetensors",
+    "retrieval.json",
+    "summary.json",
+)
 """What is there only when a run has ended."""
 
 

@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedxmr import zero_shot_report
+import torch
+
+from fedxmr import state, zero_shot_report
 from fedxmr.attendance import attendance
 from fedxmr.commands import say
 from fedxmr.config import Config
@@ -19,6 +21,7 @@ from fedxmr.models import load
 from fedxmr.recording import read_json, read_lines, write_json
 from fedxmr.setting import own_device, remarks
 from fedxmr.summary import table
+from fedxmr.types import Items, State
 
 AT = (1, 5, 10, 50, 100)
 """The cut-offs of mAP@K, Recall@K, Hit@K, nDCG@K and precision@K."""
@@ -49,6 +52,7 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
     if len(models) > 1:
         across = evaluate_across([m.learner for m in models.values()], list(scaled.values()), config.seed)
     zero_shot = zero_shot_report.measure(config, data, out, chosen)
+    state.save(out / "precisions.safetensors", _precisions(items, found), {"items": len(items)})
     if pictures:
         from fedxmr.pictures import draw
 
@@ -70,6 +74,21 @@ def _retrieval(
         for k, directions in found.items()
     ]
     return {"round": summary["test"]["selected"]["round"], "cross_client": across, "clients": clients}
+
+
+def _precisions(items: Items, found: Mapping[int, Mapping[str, Retrieval]]) -> State:
+    """ "<client>/<direction>" -> [n] float32, the average precision of each test item as a query; NaN where it is none.
+
+    What a bootstrap over queries needs.
+    """
+    precisions = {}
+    for client, directions in found.items():
+        for direction, retrieval in directions.items():
+            of_items = torch.full((len(items),), torch.nan)
+            query, _, _ = direction.partition("->")
+            of_items[items.rows[query]] = retrieval.average_precision.float()
+            precisions[f"{client}/{direction}"] = of_items
+    return precisions
 
 
 def _plain(retrieval: Retrieval) -> dict[str, Any]:

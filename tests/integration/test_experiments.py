@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from fedxmr import commands
+from fedxmr.conduct import _run_one
 from fedxmr.config import read_yaml, resolve
 from fedxmr.data import DATASETS
 from fedxmr.errors import InputError
@@ -147,10 +148,12 @@ def test_an_experiment_tunes_on_validation_runs_every_seed_and_goes_on_where_it_
             assert config[section][last] == results["chosen"][name][key]
             assert config["seed"] == seed
     text = (out / "results.md").read_text()
-    assert "| local |" in text
-    assert "average - local" in text
+    assert "| local " in text
+    assert "paired by seed" in text
     assert "tuned with 2 trials" in text
     assert (experiment.parent / "figures" / "map-against-bytes.png").is_file()
+    for name in ("results.tex", "results.csv"):
+        assert "fedcmr" in (out / name).read_text()
 
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("summary.json")}
     assert len(stamps) == 8
@@ -170,6 +173,8 @@ def test_an_experiment_tunes_on_validation_runs_every_seed_and_goes_on_where_it_
         ),
         (lambda e: e.update(reference="fedavg"), "reference: expected one of"),
         (lambda e: e.update(tuning_seeds=[1]), "among the reported seeds"),
+        (lambda e: e.update(sweep={"seed": [1]}), "sweep stands beside experiment"),
+        (lambda e: e.update(published={"source": "x", "columns": ["average"], "rows": {"a": [1, 2]}}), "1 numbers for"),
         (lambda e: e.update(methds={}), "unknown configuration key 'experiment.methds'; did you mean"),
         (lambda e: e["methods"]["local"]["set"].update(strategy="lcal"), "method local: unknown strategy 'lcal'"),
     ],
@@ -185,6 +190,62 @@ def test_a_bad_experiment_gets_one_line(experiment, capsys, change, says):
     assert not (experiment.parent / "runs").exists()
 
 
+def test_a_sweep_runs_every_value_and_what_is_not_swept_once(experiment, capsys):
+    tree = yaml.safe_load(experiment.read_text())
+    tree["sweep"] = {"strategy.gamma": [0.5, 1.0], "seeds": 1}
+    tree["experiment"]["methods"] = {"local": {"set": {"strategy": "local"}, "sweep": False}, "fedcmr": {}}
+    experiment.write_text(yaml.safe_dump(tree))
+    assert commands.run(reproduce, [str(experiment), "federation.epochs=1", "--out", "out"]) == commands.OK
+    out = experiment.parent / "out"
+    gammas = {}
+    for folder in out.glob("*/seed0"):
+        config = resolve(read_yaml(folder / "config.yaml"))
+        assert config.federation.epochs == 1
+        gammas[folder.parent.name] = config.strategy.gamma
+    assert gammas == {"local": resolve({}).strategy.gamma, "fedcmr, gamma=0.5": 0.5, "fedcmr, gamma=1.0": 1.0}
+    results = json.loads((out / "results.json").read_text())
+    points = {label: run["point"] for label, run in results["runs"].items()}
+    assert points == {
+        "local": {},
+        "fedcmr, gamma=0.5": {"strategy.gamma": 0.5},
+        "fedcmr, gamma=1.0": {"strategy.gamma": 1.0},
+    }
+    assert (out / "figures" / "sensitivity.png").is_file()
+    assert "federation.epochs=1`" in (out / "results.md").read_text()
+
+
+def test_a_file_with_a_sweep_alone_sweeps_its_own_configuration(tmp_path):
+    (tmp_path / "alone.yaml").write_text("strategy: fedavg\nsweep: {federation.epochs: [1, 2], seeds: 3}")
+    plan, _ = read_experiment(tmp_path / "alone.yaml")
+    assert plan.seeds == 3
+    assert [row.label for row in plan.rows()] == ["fedavg, epochs=1", "fedavg, epochs=2"]
+
+
+def test_an_assignment_holds_for_every_method_but_not_for_what_is_varied(experiment):
+    plan, base = read_experiment(experiment, ["strategy.mu=0.5", "dataset.name=digits"])
+    for method in plan.methods.values():
+        config = configured(base, method, {}, 0)
+        assert (config.dataset.name, config.strategy.mu) == ("digits", 0.5)
+    with pytest.raises(InputError, match=r"strategy\.gamma is what the experiment varies"):
+        read_experiment(experiment, ["strategy.gamma=1"])
+    assert list(plan.only(["fedcmr"]).methods) == ["fedcmr"]
+    with pytest.raises(InputError, match="unknown method 'fedcm'"):
+        plan.only(["fedcm"])
+
+
+def test_an_interrupted_run_goes_on_from_its_checkpoint(experiment):
+    tree = yaml.safe_load(experiment.read_text())
+    tree.pop("experiment")
+    config = resolve({**tree, "federation": {"rounds": 2, "checkpoint_every": 1}})
+    folder = experiment.parent / "run"
+    _run_one(folder, config)
+    (folder / "summary.json").unlink()
+    begun = (folder / "environment.json").stat().st_mtime_ns
+    _run_one(folder, config)
+    assert (folder / "summary.json").is_file()
+    assert (folder / "environment.json").stat().st_mtime_ns == begun
+
+
 def test_less_than_one_worker_is_refused(experiment, capsys):
     for workers in ("0", "-1"):
         assert commands.run(reproduce, [str(experiment), "--workers", workers]) == commands.BAD_INPUT
@@ -193,7 +254,7 @@ def test_less_than_one_worker_is_refused(experiment, capsys):
 
 def test_a_plain_configuration_is_no_experiment(tmp_path):
     (tmp_path / "plain.yaml").write_text("seed: 1")
-    with pytest.raises(InputError, match="has no section 'experiment'"):
+    with pytest.raises(InputError, match="has no section 'experiment' or 'sweep'"):
         read_experiment(tmp_path / "plain.yaml")
 
 

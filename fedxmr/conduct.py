@@ -1,0 +1,173 @@
+"""Carrying out an experiment: runs side by side, each in a process of its own; what has ended is not run again."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.progress import Progress
+
+from fedxmr.checkpoint import rounds
+from fedxmr.commands import QUIET
+from fedxmr.config import Config, read_yaml, resolve
+from fedxmr.errors import FederationError, InputError
+from fedxmr.experiment import Plan, Row, Trial, configured
+from fedxmr.recording import read_lines
+from fedxmr.state import load
+from fedxmr.types import State
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that has ended: what it was, and its folder."""
+
+    config: Config
+    folder: Path
+
+    @cached_property
+    def summary(self) -> dict[str, Any]:
+        """summary.json."""
+        return self._json("summary.json")
+
+    @cached_property
+    def retrieval(self) -> dict[str, Any]:
+        """retrieval.json."""
+        return self._json("retrieval.json")
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """environment.json."""
+        return self._json("environment.json")
+
+    @property
+    def precisions(self) -> State:
+        """ "<client>/<direction>" -> [n] the average precision of each test item as a query; NaN where it is none."""
+        return load(self.folder / "precisions.safetensors")[0]
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        return dict(json.loads((self.folder / name).read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True)
+class Results:
+    """chosen: method -> the trial picked on validation. runs: row of the table -> its runs by seed.
+
+    tried: method -> per trial its mean validation mAP over the tuning seeds; empty where there was one choice only.
+    """
+
+    chosen: Mapping[str, Trial]
+    tried: Mapping[str, Sequence[tuple[Trial, float]]]
+    runs: Mapping[Row, Sequence[Run]]
+
+
+def conduct(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> Results:
+    """Tune every method on validation, then run every row at every seed.
+
+    workers: runs side by side, each with one thread. Raises FederationError for a run that fails.
+    """
+    tried = _tune(plan, base, out / "tuning", workers)
+    chosen = {name: max(trials, key=lambda t: t[1])[0] for name, trials in tried.items()}
+    wanted = {
+        (row, seed): configured(base, plan.methods[row.method], {**chosen.get(row.method, {}), **dict(row.point)}, seed)
+        for row in plan.rows()
+        for seed in range(plan.seeds)
+    }
+    folders = {(row, seed): out / _folder_name(row.label) / f"seed{seed}" for row, seed in wanted}
+    done = _run_all({folders[key]: config for key, config in wanted.items()}, workers, "runs")
+    runs = {row: [done[folders[row, seed]] for seed in range(plan.seeds)] for row in plan.rows()}
+    return Results(chosen, tried, runs)
+
+
+def _tune(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> dict[str, list[tuple[Trial, float]]]:
+    """Method -> its trials and their validation mAP, of methods with a choice."""
+    trials = {name: method.trials() for name, method in plan.methods.items() if len(method.trials()) > 1}
+    folders = {
+        (name, i, seed): out / name / f"{i}-seed{seed}"
+        for name, own in trials.items()
+        for i in range(len(own))
+        for seed in plan.tuning_seeds
+    }
+    wanted = {
+        folder: configured(base, plan.methods[name], trials[name][i], seed)
+        for (name, i, seed), folder in folders.items()
+    }
+    done = _run_all(wanted, workers, "tuning") if wanted else {}
+
+    def score(name: str, i: int) -> float:
+        found = [done[folders[name, i, seed]].summary["validation"]["selected"]["mean"] for seed in plan.tuning_seeds]
+        return fmean(mean["average"] for mean in found)
+
+    return {name: [(trial, score(name, i)) for i, trial in enumerate(own)] for name, own in trials.items()}
+
+
+def _folder_name(label: str) -> str:
+    """A label as the name of a folder; a value may have a slash in it."""
+    return re.sub(r"[^\w .,=+-]", "_", label)
+
+
+def _run_all(wanted: Mapping[Path, Config], workers: int, what: str) -> dict[Path, Run]:
+    """Run what has not ended yet, some side by side. Raises FederationError for the first that fails."""
+    missing = {folder: config for folder, config in wanted.items() if not _ended(folder, config)}
+    with Progress() as progress, ThreadPoolExecutor(workers) as pool:
+        task = progress.add_task(what, total=len(wanted), completed=len(wanted) - len(missing))
+        try:
+            for _ in pool.map(_run_one, missing, missing.values()):
+                progress.advance(task)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {folder: Run(config, folder) for folder, config in wanted.items()}
+
+
+def _run_one(folder: Path, config: Config) -> None:
+    """One run in a process of its own, with one thread; from its checkpoint where it has one that can be gone on from.
+
+    Raises FederationError with the reason it gives.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if _is_of(folder, config) and rounds(folder) and not _simulate(["--resume", str(folder)]):
+        return
+    file = folder.with_name(f"{folder.name}.yaml")
+    file.write_text(config.to_yaml(), encoding="utf-8")
+    if why := _simulate(["--config", str(file), "--threads", "1", "--out", str(folder), "--overwrite"]):
+        raise FederationError(f"{folder}: {why}")
+
+
+def _simulate(arguments: Sequence[str]) -> str:
+    """Run `fedxmr.simulate`; why it failed, empty where it did not."""
+    command = [sys.executable, "-m", "fedxmr.simulate", *arguments, "--no-pictures"]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **QUIET})
+    if not ended.returncode:
+        return ""
+    lines = ended.stderr.strip().splitlines() or ["no message"]
+    why = next((line for line in lines if line.startswith("error: ")), lines[-1])
+    return why.removeprefix("error: ")
+
+
+def _ended(folder: Path, config: Config) -> bool:
+    """Whether this very run has ended in this folder."""
+    ends = ("summary.json", "retrieval.json", "precisions.safetensors")
+    return all((folder / name).is_file() for name in ends) and _is_of(folder, config)
+
+
+def _is_of(folder: Path, config: Config) -> bool:
+    """Whether a folder is of a run with this configuration, wherever it ran."""
+    try:
+        before = resolve(read_yaml(folder / "config.yaml"))
+    except InputError:
+        return False
+    return before.model_copy(update={"runtime": config.runtime}) == config

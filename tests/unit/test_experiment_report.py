@@ -1,0 +1,153 @@
+"""An experiment's tables, from run folders written by hand, so that every number in them is known."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+
+from fedxmr import state
+from fedxmr.conduct import Results, Run
+from fedxmr.config import resolve
+from fedxmr.experiment import Plan
+from fedxmr.experiment_report import as_json, compare, notes, tables
+from fedxmr.figures import draw
+from fedxmr.tables import Table
+
+CLIENTS = 2
+
+
+def run_folder(folder, average, apart, queries=60):
+    """A run whose clients are `apart` above and below its average, in both directions alike, and so is every query."""
+    folder.mkdir(parents=True)
+    levels = [average + apart, average - apart]
+    own = [
+        {"client": k, "image->text": level, "text->image": level, "average": level} for k, level in enumerate(levels)
+    ]
+    mean = {"image->text": average, "text->image": average, "average": average}
+    summary = {
+        "test": {
+            "selected": {"round": 1, "mean": mean, "clients": own},
+            "last": {"round": 2, "mean": mean, "clients": own},
+        },
+        "bytes": {"up": 10**6, "down": 2 * 10**6},
+        "seconds": {"fit": 2.5, "evaluate": 0.5},
+    }
+    curves = {"precision_at": {"1": average, "5": average}, "precision_recall": [average] * 11}
+    retrieval = {"cross_client": None, "clients": [{"client": 0, "image->text": curves}]}
+    environment = {"commit": "0123456789abcdef", "data_sha256": "same"}
+    for name, content in (("summary", summary), ("retrieval", retrieval), ("environment", environment)):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    lines = [
+        {"round": r, "client": k, "loss": 1.0 / r, "bytes_up": 100, "bytes_down": 100, "validation": {"average": level}}
+        for r in (1, 2)
+        for k, level in enumerate(levels)
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    precisions = {
+        f"{k}/{d}": torch.full((queries,), level)
+        for k, level in enumerate(levels)
+        for d in ("image->text", "text->image")
+    }
+    state.save(folder / "precisions.safetensors", precisions, {})
+    return Run(resolve({"federation": {"clients": CLIENTS}}), folder)
+
+
+PUBLISHED = {
+    "source": "a paper, Table 1",
+    "columns": ["image->text", "average"],
+    "rows": {"fedcmr": [[0.7, 0.71], [0.72, 0.73]], "ACMR": [0.5, None]},
+}
+METHODS = {"local": {"set": {"strategy": "local"}}, "fedcmr": {"set": {"strategy": "fedcmr"}}}
+LEVELS = {"local": [0.40, 0.41, 0.42], "fedcmr": [0.50, 0.52, 0.51]}
+
+
+@pytest.fixture
+def found(tmp_path):
+    plan = Plan(methods=METHODS, title="A title", seeds=3, published=PUBLISHED, departures=["other features"])
+    runs = {
+        row: [run_folder(tmp_path / row.label / str(i), level, 0.01) for i, level in enumerate(LEVELS[row.method])]
+        for row in plan.rows()
+    }
+    return plan, Results({}, {}, runs)
+
+
+def as_rows(table):
+    head, *rows = csv.reader(io.StringIO(table.csv()))
+    return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def test_ours_stands_beside_the_published(found):
+    plan, results = found
+    scores, differences, published = tables(plan, results, compare(plan, results))
+    assert scores.caption == "A title"
+    row = as_rows(scores)["fedcmr"]
+    assert (row["average"], row["MB moved"], row["published average"]) == ("0.510 ± 0.010", "3.0", "0.720")
+    assert as_rows(scores)["local"]["published average"] == "-"
+    row = as_rows(differences)["fedcmr"]
+    assert (row["difference"], row["95 % over queries"]) == ("+0.100", "+0.100 to +0.100")
+    assert row[""] == "better"
+    rows = as_rows(published)
+    assert list(rows) == ["fedcmr, client 0", "fedcmr, client 1", "ACMR"]
+    assert (rows["fedcmr, client 0"]["average"], rows["fedcmr, client 0"]["ours: average"]) == (
+        "0.710",
+        "0.520 ± 0.010",
+    )
+    assert rows["fedcmr, client 1"]["ours: average"] == "0.500 ± 0.010"
+    assert (rows["ACMR"]["average"], rows["ACMR"]["ours: average"]) == ("-", "-")
+    said = "\n".join(notes(plan, results))
+    assert "Commit 0123456789ab" in said
+    assert "Published: a paper, Table 1." in said
+    assert "- other features" in said
+
+
+def test_holms_correction_counts_every_row_that_is_compared(found):
+    plan, results = found
+    (alone,) = compare(plan, results)
+    assert alone.adjusted == alone.p
+    three = plan.model_copy(update={"methods": {**plan.methods, "twin": plan.methods["fedcmr"]}})
+    runs = {row: results.runs[plan.rows()[row.method != "local"]] for row in three.rows()}
+    assert [c.adjusted for c in compare(three, Results({}, {}, runs))] == pytest.approx([2 * alone.p] * 2)
+
+
+def test_one_seed_is_compared_with_nothing(found):
+    plan, results = found
+    plan = plan.model_copy(update={"seeds": 1})
+    assert compare(plan, Results({}, {}, {row: runs[:1] for row, runs in results.runs.items()})) == []
+
+
+def test_the_json_has_every_number(found):
+    plan, results = found
+    content = json.loads(json.dumps(as_json(plan, results, compare(plan, results))))
+    assert [s["average"] for s in content["runs"]["local"]["seeds"]] == LEVELS["local"]
+    assert content["runs"]["local"]["seeds"][0]["clients"][1]["average"] == pytest.approx(0.39)
+    assert content["differences"][0]["seeds"]["mean"] == pytest.approx(0.1)
+    assert content["published"]["rows"]["ACMR"] == [0.5, None]
+
+
+def test_a_comparison_and_a_sweep_are_drawn(found, tmp_path):
+    plan, results = found
+    names = {path.name for path in draw(plan, results, tmp_path / "figures")}
+    assert names == {
+        f"{name}.png"
+        for name in (
+            "map-against-rounds", "map-against-bytes", "loss-against-rounds", "precision-recall", "precision-scope",
+        )
+    }  # fmt: skip
+    methods = {"local": {"sweep": False}, "fedcmr": {}}
+    sweep = Plan(methods=methods, title="A sweep", seeds=1, sweep={"strategy.alpha": [1, 100], "strategy.gamma": [1]})
+    assert [row.label for row in sweep.rows()] == ["local", "fedcmr, alpha=1, gamma=1", "fedcmr, alpha=100, gamma=1"]
+    runs = dict(zip(sweep.rows(), (own[:1] for own in [*results.runs.values(), results.runs[plan.rows()[0]]])))
+    (path,) = draw(sweep, Results({}, {}, runs), tmp_path / "swept")
+    assert (path.name, path.read_bytes()[:4]) == ("sensitivity.png", b"\x89PNG")
+
+
+def test_latex_markdown_and_csv_hold_what_is_special_to_them():
+    table = Table("50 % of a_b & c", ["", "a|b"], [["x_1", "50 %, more"]])
+    assert "\\caption{50 \\% of a\\_b \\& c}" in table.latex()
+    assert "x\\_1 & 50 \\%, more" in table.latex()
+    assert "a\\|b" in table.markdown()
+    assert list(csv.reader(io.StringIO(table.csv()))) == [["", "a|b"], ["x_1", "50 %, more"]]
