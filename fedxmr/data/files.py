@@ -7,7 +7,7 @@ import io
 import logging
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fedxmr.errors import InputError, one_line
+from fedxmr.mat import spread_out
 
 SILENCE = 20.0
 """Seconds a server may send nothing."""
@@ -46,23 +47,33 @@ def locate(file: RemoteFile, data_dir: Path | None = None) -> Path:
     are only read. A file found nowhere is downloaded into the cache.
     Raises InputError for a folder that is not there, a wrong checksum and a download that fails.
     """
-    for origin, folder in (("--data-dir", data_dir), ("FEDXMR_DATA", os.environ.get("FEDXMR_DATA"))):
-        if not folder:
-            continue
-        if not Path(folder).is_dir():
-            raise InputError(f"{origin}: expected a folder, got {str(folder)!r}")
-        path = Path(folder) / file.path
+    for folder in given_folders(data_dir):
+        path = folder / file.path
         if path.exists():
             _verify(path, file.sha256)
             return path
     return _download(file)
 
 
+def given_folders(data_dir: Path | None) -> Iterator[Path]:
+    """The folders a user's own files may be in: `data_dir`, then what `FEDXMR_DATA` names.
+
+    Raises InputError for one that is not there, when it comes to it.
+    """
+    for origin, folder in (("--data-dir", data_dir), ("FEDXMR_DATA", os.environ.get("FEDXMR_DATA"))):
+        if not folder:
+            continue
+        if not Path(folder).is_dir():
+            raise InputError(f"{origin}: expected a folder, got {str(folder)!r}")
+        yield Path(folder)
+
+
 def read_mat(path: Path, sha256: str) -> Mapping[str, Any]:
     """The variables of a MATLAB file whose bytes have this checksum, structs as dicts.
 
-    scipy's parser believes what it reads, and ends the process at some malformed files: it is given no others than
-    those that were published. Raises InputError where the file is another, or no MATLAB file.
+    scipy's parser believes what it reads, and ends the process at some malformed files: here it is given no others
+    than those that were published; `fedxmr.mat` is for the rest. Raises InputError where the file is another, or no
+    MATLAB file.
     """
     from scipy.io import loadmat
 
@@ -96,10 +107,9 @@ def matrix(path: Path, contents: Mapping[str, Any], name: str, shape: tuple[int,
 
 
 def _spread_out(path: Path, name: str, sparse: Any) -> Any:
-    """A sparse matrix as an array; one whose indices point outside it would be written beside its memory."""
+    """A sparse matrix as an array. Raises InputError for one that is damaged."""
     try:
-        sparse.check_format(full_check=True)
-        return sparse.toarray()
+        return spread_out(sparse)
     except Exception as error:  # whatever scipy trips on
         raise InputError(f"{path}: expected {name} to be a sparse matrix, got {one_line(error)}") from error
 

@@ -25,7 +25,7 @@ from fedxmr.types import Items
 from tests.conftest import NEEDED
 
 
-@pytest.fixture(scope="module", params=sorted(DATASETS))
+@pytest.fixture(scope="module", params=sorted(name for name, source in DATASETS.items() if not source.brought))
 def dataset(request: pytest.FixtureRequest) -> Dataset:
     folder = request.getfixturevalue("benchmark_folder")(request.param) if request.param in NEEDED else None
     return load_dataset(request.param, data_dir=folder)
@@ -64,9 +64,11 @@ def test_every_data_sets_all_test_is_what_it_says(dataset: Dataset):
 @pytest.mark.parametrize(
     ("name", "options", "expected"),
     [
-        ("wikpedia", {}, "unknown dataset 'wikpedia'; did you mean 'wikipedia'? (known: digits, iaprtc12, "
-         "mfeat, pascal, synthetic, wikipedia, wikipedia-multi)"),
-        ("zzz", {}, "unknown dataset 'zzz' (known: digits, iaprtc12, mfeat, pascal, synthetic, "),
+        ("wikpedia", {}, "unknown dataset 'wikpedia'; did you mean 'wikipedia'? (known: coco, cub, digits, "
+         "iaprtc12, mfeat, mirflickr, nus-wide-10k, pascal, pascal-vgg, synthetic, wikipedia, wikipedia-multi, "
+         "wikipedia-vgg, xmedia, xmedianet)"),
+        ("zzz", {}, "unknown dataset 'zzz' (known: coco, cub, digits, iaprtc12, "),
+        ("coco", {"layout": "mccn"}, "dataset coco: layout: Input should be 'auto', 'fedcmr' or 'dscmr', got 'mccn'"),
         ("wikipedia-multi", {"modalities": ["cnn"]}, "dataset wikipedia-multi: modalities: Tuple should have at "),
         ("wikipedia-multi", {"modalities": ["cnn", "cnn"]}, "dataset wikipedia-multi: modalities: expected different "),
         ("wikipedia-multi", {"modalities": ["cnn", "lda"]}, "dataset wikipedia-multi: modalities.1: Input should be "),
