@@ -74,7 +74,10 @@ ConfigFile = Annotated[Path | None, option("a YAML file, such as experiments/def
 MethodName = Annotated[str | None, option("a method of the file's experiment, such as fedavg with its own optimiser")]
 DatasetName = Annotated[
     str | None,
-    option("digits (default), wikipedia, wikipedia-multi, pascal, mfeat, iaprtc12, synthetic, or the path of a folder"),
+    option(
+        "digits (default), wikipedia, wikipedia-multi, pascal, mfeat, iaprtc12, synthetic, the path of a folder, or "
+        "with files of yours in --data-dir pascal-vgg, wikipedia-vgg, nus-wide-10k, mirflickr, coco, xmedia, xmedianet, cub"
+    ),
 ]
 Task = Annotated[
     TaskName | None, option("zero-shot: half of the classes are unseen in training; generalised adds its scores")

@@ -5,18 +5,19 @@ their code reads (hasakiXie123/FedCMR, data_loader.py; penghu-cs/DSCMR, load_dat
 
     fedcmr   imgs.mat, texts.mat (variable `features`) and labels.mat (`labels`) with all pairs, in Pascal's names with
              `_shuffled` before the dot: the first rows are for training, the last for test. Or train/train_imgs.mat ...
-             and test/test_imgs.mat ..., of whose rows the last are for test. Classes count from 1.
+             and test/test_imgs.mat ..., of whose rows the last are for test. Class numbers count from 1.
     dscmr    train_img.mat, train_txt.mat, train_img_lab.mat and test_..., each with a variable of the file's name, and
-             train_txt_lab.mat and test_txt_lab.mat where they are there. Classes count from 0.
+             train_txt_lab.mat and test_txt_lab.mat where they are there. Class numbers count from 0.
 
-Of rows outside training that are neither, FedCMR's code calls those of Pascal `val` and skips the others; all of them
-are validation pairs here. DSCMR's code knows no validation pairs: test files as long as both parts are divided by a
-seed, by class. Where a file has no rows for validation, a tenth of the training pairs is drawn for it.
+A 0 among the numbers, or a C, overrules what they count from. FedCMR's code calls the rows between training and test
+`val` in Pascal and skips them elsewhere; here all are validation pairs. DSCMR's code knows none: test files that hold
+both parts are divided by a seed, by class. Where no rows are left, a tenth of the training pairs is drawn.
 
-The authors publish only Pascal's files. For the others their code says what the files are called and how long they are,
-and the papers have the sizes, which are checked: FedCMR's Table 1 (82081 and 30137 of MS-COCO's 40137 held-out pairs,
-16012 and 2002 of MIRFlickr's 20015, 2173 and 462 of Wikipedia's 693), DRSL's section 4.1 (Pascal, NUS-WIDE-10K), MCCN's
-Table 1 (XMediaNet) and DLSL's section III (CUB images and the texts that go with them).
+The authors publish Pascal's files alone, and nobody says how many rows the others' have. The papers' sizes are checked:
+FedCMR's Table 1 (Wikipedia, MIRFlickr, MS-COCO), DRSL's section 4.1 (Pascal, NUS-WIDE-10K), MCCN's Table 1 (XMediaNet,
+without its videos) and DLSL's section III (CUB images, each with its text). The rows outside training may be the test
+pairs alone, or with those for validation as many as the usual versions of the data sets have: 20015 pairs of MIRFlickr
+in all, 40137 held-out ones of MS-COCO, 693 of Wikipedia.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ LAYOUTS = (
     Layout("dscmr", _dscmr("train"), _dscmr("test"), first=0, ordered=False),
 )
 EXPECTED = {
-    "fedcmr": "imgs.mat, texts.mat and labels.mat, or train/train_imgs.mat ... and test/test_imgs.mat ...",
+    "fedcmr": "imgs.mat, texts.mat and labels.mat, or imgs_shuffled.mat ..., or train/train_imgs.mat ... and test/test_imgs.mat ...",
     "dscmr": "train_img.mat, train_txt.mat and train_img_lab.mat, and the same of test",
 }
 

@@ -219,7 +219,7 @@ def test_labels_that_can_be_none_get_one_line(found, says):
 def test_missing_files_get_a_line_that_says_what_is_looked_for_and_where(tmp_path):
     said = refusal("coco", tmp_path)
     for part in (
-        "imgs.mat, texts.mat and labels.mat, or train/train_imgs.mat",
+        "imgs.mat, texts.mat and labels.mat, or imgs_shuffled.mat ..., or train/train_imgs.mat",
         "train_img.mat, train_txt.mat and train_img_lab.mat",
         f"looked in {tmp_path}, {tmp_path / 'coco'}, {tmp_path / 'MS-COCO'};",
         "nobody publishes its features",
