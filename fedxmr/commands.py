@@ -76,7 +76,7 @@ DatasetName = Annotated[
     str | None,
     option(
         "digits (default), wikipedia, wikipedia-multi, pascal, mfeat, iaprtc12, synthetic, the path of a folder, or "
-        "with files of yours in --data-dir pascal-vgg, wikipedia-vgg, nus-wide-10k, mirflickr, coco, xmedia, xmedianet, cub"
+        "with your files in --data-dir pascal-vgg, wikipedia-vgg, nus-wide-10k, mirflickr, coco, xmedia, xmedianet, cub"
     ),
 ]
 Task = Annotated[

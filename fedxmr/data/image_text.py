@@ -132,7 +132,8 @@ LAYOUTS = (
     Layout("dscmr", _dscmr("train"), _dscmr("test"), first=0, ordered=False),
 )
 EXPECTED = {
-    "fedcmr": "imgs.mat, texts.mat and labels.mat, or imgs_shuffled.mat ..., or train/train_imgs.mat ... and test/test_imgs.mat ...",
+    "fedcmr": "imgs.mat, texts.mat and labels.mat, or imgs_shuffled.mat ..., or train/train_imgs.mat ... and "
+    "test/test_imgs.mat ...",
     "dscmr": "train_img.mat, train_txt.mat and train_img_lab.mat, and the same of test",
 }
 
