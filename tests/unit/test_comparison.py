@@ -1,4 +1,4 @@
-"""Comparisons against SciPy's paired t test, the definition of closed testing, and the normal limit of the bootstrap."""
+"""Comparisons against SciPy's paired t test, the definition of closed testing, and the limit of the bootstrap."""
 
 from __future__ import annotations
 

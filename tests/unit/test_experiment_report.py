@@ -140,7 +140,8 @@ def test_a_comparison_and_a_sweep_are_drawn(found, tmp_path):
     methods = {"local": {"sweep": False}, "fedcmr": {}}
     sweep = Plan(methods=methods, title="A sweep", seeds=1, sweep={"strategy.alpha": [1, 100], "strategy.gamma": [1]})
     assert [row.label for row in sweep.rows()] == ["local", "fedcmr, alpha=1, gamma=1", "fedcmr, alpha=100, gamma=1"]
-    runs = dict(zip(sweep.rows(), (own[:1] for own in [*results.runs.values(), results.runs[plan.rows()[0]]])))
+    local, fedcmr = results.runs.values()
+    runs = {row: own[:1] for row, own in zip(sweep.rows(), (local, fedcmr, local), strict=True)}
     (path,) = draw(sweep, Results({}, {}, runs), tmp_path / "swept")
     assert (path.name, path.read_bytes()[:4]) == ("sensitivity.png", b"\x89PNG")
 
