@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
+from typing import Any
 
 import pytest
 import yaml
@@ -92,6 +95,82 @@ def test_settings_that_lack_something_are_found_out(tmp_path):
     # the words of the opening comment count, not those of another one
     path.write_text("dataset: mfeat\n# Nobody has published\nexperiment: {methods: {one: {set: {learner: drsl}}}}")
     assert "published numbers, or that there are none" in lacking(tmp_path, "drsl", "mfeat")
+
+
+STUDIES = {
+    "FedCMR": ["pascal", "wikipedia", "fedcmr-table4", "fedcmr-table5", "fedcmr-figure3", "fedcmr-gamma"],
+    "DLSL": ["dlsl-table2", "dlsl-table3", "dlsl-table4", "dlsl-figure2-alpha", "dlsl-figure2-beta"],
+    "DRSL": [*(f"drsl-table{n}" for n in range(1, 8)), "drsl-figure4"],
+    "JFSE": [*(f"jfse-table{n}" for n in range(2, 8)), *(f"jfse-figure{n}" for n in ("9a", "9b", "10", "11a", "11b"))],
+    "MCCN": [*(f"mccn-table{n}" for n in range(2, 7)), "mccn-figure2-lambda", "mccn-figure2-m"],
+}
+"""Paper -> every table and study of parameters that it has, as the file that answers it is called, data sets aside.
+
+Left out are tables of how large the data sets are, curves that every run draws, and pictures of examples.
+"""
+
+
+@pytest.mark.parametrize(("paper", "study"), [(paper, study) for paper in STUDIES for study in STUDIES[paper]])
+def test_every_published_table_and_study_has_a_file_that_answers_it(paper, study):
+    found = [path for path in EXPERIMENTS.glob("*.yaml") if f"{path.stem}-".startswith(f"{study}-")]
+    titles = [read_yaml(path)["experiment"]["title"] for path in found]
+    assert any(title.startswith(f"{paper}, ") for title in titles)
+
+
+MISPRINTS = [
+    [0.480, 0.411, 0.431],  # DRSL, Table 1, ACMR
+    [0.769, 0.778, 0.772],  # JFSE, Table 5, DSCMR on NUS-WIDE
+    [0.268, 0.255, 0.277],  # JFSE, Table 7, DSCMR on Pascal
+    [0.603, 0.624, 0.618],  # MCCN, Table 4, DCCA on Pascal
+    [0.705, 0.712, 0.707],  # MCCN, Tables 4 and 6, MCCN on Pascal
+    [0.670, 0.694, 0.687],  # MCCN, Table 6, "w/o MCC"
+]
+"""Rows whose printed average is not the mean of their directions."""
+
+
+def faults(published: Mapping[str, Any]) -> list[str]:
+    """What is wrong with published numbers, as far as they tell by themselves."""
+    columns = [column.rpartition(" ")[::2] for column in published.get("columns", [])]  # task and score
+    rows = [
+        (name, row)
+        for name, found in published.get("rows", {}).items()
+        for row in (found if isinstance(found[0], list) else [found])
+    ]
+    wrong = []
+    for name, row in rows:
+        if len(row) != len(columns):
+            wrong.append(f"{name}: {len(row)} numbers in {len(columns)} columns")
+            continue
+        known = {column: number for column, number in zip(columns, row, strict=True) if number is not None}
+        if not all(0 <= number <= (1 if score != "seconds" else 3600) for (_, score), number in known.items()):
+            wrong.append(f"{name}: no mAP and no seconds")
+        for task in {task for task, score in known if score == "average"}:
+            directions = {score: number for (of, score), number in known.items() if of == task and "->" in score}
+            modalities = {modality for score in directions for modality in score.split("->")}
+            whole = [*directions.values(), known[task, "average"]]
+            complete = directions and len(directions) == len(modalities) * (len(modalities) - 1)
+            if complete and abs(mean(whole[:-1]) - whole[-1]) > 0.0011 and whole not in MISPRINTS:
+                wrong.append(f"{name}: {task} average {whole[-1]} of {whole[:-1]}")
+    return wrong
+
+
+@pytest.mark.parametrize("path", sorted(EXPERIMENTS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_published_numbers_fit_their_columns_and_their_averages(path):
+    # a number that was copied wrongly mostly shows in its row's average
+    assert faults(read_yaml(path)["experiment"].get("published", {})) == []
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ([0.5, 0.4, 0.46], ["one:  average 0.46 of [0.5, 0.4]"]),
+        ([0.5, 0.4], ["one: 2 numbers in 3 columns"]),
+        ([[0.5, 0.4, 0.45], [50.0, 40.0, 45.0]], ["one: no mAP and no seconds"]),
+        ([0.5, None, 0.9], []),
+    ],
+)
+def test_published_numbers_that_do_not_fit_are_found_out(row, says):
+    assert faults({"columns": ["image->text", "text->image", "average"], "rows": {"one": row}}) == says
 
 
 def test_the_default_preset_says_what_the_code_does():
