@@ -87,7 +87,7 @@ def tables(plan: Plan, results: Results, compared: Sequence[Compared]) -> list[T
 
 def notes(plan: Plan, results: Results) -> list[str]:
     """What must be known to read the tables, a sentence or an item of a list each."""
-    commits = sorted({str(run.environment["commit"])[:12] for runs in results.runs.values() for run in runs})
+    commits = sorted({_short(run.environment["commit"]) for runs in results.runs.values() for run in runs})
     found = [
         "Test mAP@all at the round chosen on validation, mean over clients; "
         + (f"mean ± standard deviation over {plan.seeds} seeds." if plan.seeds > 1 else "one seed, which is no result.")
@@ -248,6 +248,11 @@ def _precisions(runs: Sequence[Run]) -> Array:
         of_runs.append(np.stack([np.mean(by_direction[d], axis=0) for d in sorted(by_direction)]))
     mean: Array = np.mean(of_runs, axis=0)
     return mean
+
+
+def _short(commit: str | None) -> str:
+    """A commit's first digits; "+" stands for changes on top of it."""
+    return "unknown" if commit is None else commit[:12] + "+" * commit.endswith("+")
 
 
 def _probability(p: float) -> str:
