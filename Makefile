@@ -25,8 +25,13 @@ check: $(READY)  ## lint, format and types
 	$(VENV) -m ruff format --check
 	$(VENV) -m mypy
 
-figures: $(READY)  ## run the README's experiment, or what is missing of it, and draw its figures
-	$(VENV) -m fedxmr.reproduce experiments/wikipedia.yaml --figures experiments/figures $(ARGS)
+FIGURES = wikipedia fedcmr-figure3 fedcmr-gamma dlsl-figure2-alpha dlsl-figure2-beta mccn-figure2-lambda mccn-figure2-m \
+          jfse-figure10-beta jfse-figure10-gamma jfse-figure10-lambda jfse-noise jfse-figure11a
+
+figures: $(READY)  ## run the experiments in FIGURES, or what is missing of them, and draw their figures
+	for name in $(FIGURES); do \
+		$(VENV) -m fedxmr.reproduce experiments/$$name.yaml --figures experiments/figures/$$name $(ARGS) || exit; \
+	done
 
 # No stamp: start from an empty .venv. An outdated one: bring the packages up to date in place.
 # The two variables pin the isolated build too: older pips read the first for it, pip 25.3 and later the second.
