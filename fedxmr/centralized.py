@@ -60,7 +60,7 @@ def centralized(
         "runtime.ray_address": ray_address,
     }
     checked = configure(config, options, assignments, resume=resume)
-    if checked.federation.clients != 1 or checked.strategy.share != "nothing":
+    if not checked.centralized:
         raise InputError("centralized: expected one client that shares nothing; fedxmr.simulate runs federations")
     run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures)
 

@@ -263,6 +263,11 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
 
     @property
+    def centralized(self) -> bool:
+        """Whether one client has all the data and shares nothing."""
+        return self.federation.clients == 1 and self.strategy.share == "nothing"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What may not change while a run goes on, as JSON.
 

@@ -163,21 +163,26 @@ def _foreseen(config: Config) -> Iterator[str]:
 def _headline(config: Config) -> str:
     federation = config.federation
     who = f"{federation.clients} client{'s' if federation.clients > 1 else ''}"
-    per_round = f", {federation.sample} per round" if federation.sample else ""
+    per_round = f", {federation.sample} per round" if federation.sample not in (None, federation.clients) else ""
     dropout = f", dropout {federation.dropout:g}" if federation.dropout else ""
     rounds = f"{federation.rounds} round{'s' if federation.rounds > 1 else ''}"
     task = "" if config.dataset.task == "standard" else f", {config.dataset.task}"
     return (
-        f"{config.strategy.name} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round}{dropout} "
+        f"{_method(config)} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round}{dropout} "
         f"({config.partition.scheme}), {rounds}, seed {config.seed}"
     )
 
 
+def _method(config: Config) -> str:
+    """What a run is called after: its strategy, but for one client alone."""
+    return "centralized" if config.centralized else config.strategy.name
+
+
 def _free_folder(config: Config) -> Path:
-    """runs/<dataset>-<strategy>-<learner>-seed<seed>, or that with -2, -3 ... where it exists."""
+    """runs/<dataset>-<method>-<learner>-seed<seed>, or that with -2, -3 ... where it exists."""
     dataset = Path(config.dataset.name).name or "folder"
     learner = config.learner.name.rpartition(":")[2]
-    name = f"{dataset}-{config.strategy.name}-{learner}-seed{config.seed}"
+    name = f"{dataset}-{_method(config)}-{learner}-seed{config.seed}"
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 1_000_000))
     return next(path for path in candidates if not path.exists())
 

@@ -219,6 +219,13 @@ def test_centralized_is_one_client_with_everything(empty, capsys):
     assert "0.0 MB" in capsys.readouterr().out
 
 
+def test_centralized_is_called_so_in_the_first_line_and_in_the_run_folders_name(empty, capsys):
+    assert commands.run(centralized, [*SMALL, "--no-pictures", "--rounds", "1"]) == commands.OK
+    assert capsys.readouterr().out.startswith("centralized + dscmr on synthetic: 1 client (iid), 3 rounds, seed 0")
+    assert [p.name for p in (empty / "runs").iterdir()] == ["synthetic-centralized-dscmr-seed0"]
+    assert '"strategy": "local"' in next((empty / "runs").glob("*/summary.json")).read_text()
+
+
 def test_centralized_refuses_to_be_a_federation(empty, capsys):
     for extra in ("federation.clients=3", "strategy=fedavg"):
         assert commands.run(centralized, [*SMALL, extra]) == commands.BAD_INPUT
