@@ -103,7 +103,7 @@ MemoryBudget = Annotated[str | None, option("memory for living clients, such as 
 Out = Annotated[Path | None, option("the run folder; default: a new one in runs/")]
 Overwrite = Annotated[bool, option("replace a run folder that exists", "--overwrite")]
 Resume = Annotated[Path | None, option("a run folder: go on from its last checkpoint; rounds may grow")]
-Pictures = Annotated[bool, typer.Option("--pictures/--no-pictures", help="draw t-SNE and precision-recall pictures")]
+Pictures = Annotated[bool, typer.Option("--pictures/--no-pictures", help="draw t-SNE and precision curves")]
 
 
 def configure(

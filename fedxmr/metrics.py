@@ -60,6 +60,7 @@ class Retrieval:
     precision_recall: interpolated precision at the RECALL_LEVELS; None unless asked for.
     queries: how many queries the means (but recall_at's) are over.
     left_out: how many queries with nothing relevant are in none of them; 0 where they enter as 0.
+    gallery: how many items are ranked.
     tied: share of the gallery whose score equals that of another item for the same query; mean over all queries.
     """
 
@@ -73,6 +74,7 @@ class Retrieval:
     precision_recall: tuple[float, ...] | None
     queries: int
     left_out: int
+    gallery: int
     paired: int
     tied: float
 
@@ -177,7 +179,7 @@ def retrieval(
                 table[name] = torch.empty(queries, *value.shape[1:], dtype=torch.float64)
             table[name][rows] = value.cpu()
     has_pair = None if pairs is None else pairs.cpu() >= 0
-    return _means(table, tied / (queries * size), at, has_pair, curves, without_relevant)
+    return _means(table, size, tied / (queries * size), at, has_pair, curves, without_relevant)
 
 
 # A key holds a place in the order of the scores (32 bits, best lowest), the tie rank (30 bits) and the relevance (1):
@@ -315,6 +317,7 @@ def _ndcg(shared: Tensor, top: Tensor, last: list[int]) -> Tensor:
 
 def _means(
     table: Mapping[str, Tensor],
+    gallery: int,
     tied: float,
     at: Sequence[int],
     has_pair: Tensor | None,
@@ -341,6 +344,7 @@ def _means(
         precision_recall=tuple(_mean(column[counted]) for column in table["curve"].T) if curves else None,
         queries=int(counted.sum()),
         left_out=int((~counted).sum()),
+        gallery=gallery,
         paired=0 if has_pair is None else int(has_pair.sum()),
         tied=tied,
     )

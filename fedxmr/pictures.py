@@ -1,4 +1,4 @@
-"""A run's pictures, as PNG files and in TensorBoard: t-SNE of the common subspace and precision-recall curves."""
+"""A run's pictures, as PNG files and in TensorBoard: t-SNE of the common subspace and two curves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
@@ -22,7 +23,8 @@ MAX_POINTS = 400
 
 DPI = 120
 
-MARKERS = ("o", "^", "s", "D", "v", "P", "X", "*")
+MAX_CLASSES = 20
+"""Classes in the t-SNE picture's legend: as many as there are colours."""
 
 
 def draw(
@@ -33,12 +35,13 @@ def draw(
     classes: Sequence[str],
     seed: int,
 ) -> None:
-    """Draw both pictures of a run's selected models into `out`/pictures and TensorBoard.
+    """Draw the pictures of a run's selected models into `out`/pictures and TensorBoard.
 
     found: client -> direction -> its measured retrieval, with curves. learner, items: for the t-SNE, scaled.
     """
     figures = {
         "precision-recall": precision_recall_figure(found),
+        "precision-scope": precision_scope_figure(found),
         "t-sne": common_subspace_figure(learner, items, classes, seed),
     }
     folder = out / "pictures"
@@ -57,16 +60,40 @@ def precision_recall_figure(found: Mapping[int, Mapping[str, Retrieval]]) -> Fig
     figure = Figure(figsize=(5, 4), layout="constrained")
     axes = figure.add_subplot(xlabel="recall", ylabel="precision", ylim=(0, 1), title="precision and recall on test")
     for direction in next(iter(found.values())):
-        curves = np.array([directions[direction].precision_recall for directions in found.values()], dtype=float)
-        axes.plot(RECALL_LEVELS, curves.mean(0), marker=".", label=direction)
-        axes.fill_between(RECALL_LEVELS, curves.min(0), curves.max(0), alpha=0.2)
+        curves = [directions[direction].precision_recall or () for directions in found.values()]
+        _band(axes, direction, RECALL_LEVELS, curves)
     axes.legend()
     return figure
 
 
+def precision_scope_figure(found: Mapping[int, Mapping[str, Retrieval]]) -> Figure:
+    """Precision of the first K, for every K measured up to the gallery: a line per direction, as above."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.add_subplot(
+        xlabel="scope: the first K", ylabel="precision", xscale="log", ylim=(0, 1), title="precision and scope on test"
+    )
+    for direction, one in next(iter(found.values())).items():
+        scopes = [k for k in one.precision_at if k <= one.gallery]
+        curves = [[directions[direction].precision_at[k] for k in scopes] for directions in found.values()]
+        _band(axes, direction, scopes, curves)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend()
+    return figure
+
+
+def _band(axes: Axes, name: str, x: Sequence[float], curves: Sequence[Sequence[float]]) -> None:
+    """The mean of the clients' curves over x, and their range."""
+    y = np.array(curves)
+    axes.plot(x, y.mean(0), marker=".", label=name)
+    axes.fill_between(x, y.min(0), y.max(0), alpha=0.2)
+
+
 @torch.inference_mode()
 def common_subspace_figure(learner: Learner, items: Items, classes: Sequence[str], seed: int) -> Figure:
-    """t-SNE (van der Maaten and Hinton, 2008) of the representations: colour is the class, shape the modality."""
+    """t-SNE (van der Maaten and Hinton, 2008) of the representations, twice: coloured by class and by modality.
+
+    An item of several classes has the colour of its first one.
+    """
     rng = generator(seed, "t-sne")
     some = items.select(torch.randperm(len(items), generator=rng)[:MAX_POINTS].sort().values.to(items.labels.device))
     encoded = [torch.nn.functional.normalize(learner.encode(m, some.features[m]), dim=1) for m in some.modalities]
@@ -74,20 +101,23 @@ def common_subspace_figure(learner: Learner, items: Items, classes: Sequence[str
     perplexity = min(30.0, max((len(points) - 1) / 3, 1.0))
     place = TSNE(init="pca", perplexity=perplexity, random_state=seed % 2**32, max_iter=500).fit_transform(points)
     labels = torch.cat([some.labels[some.rows[m]] for m in some.modalities]).cpu()
-    first_class = labels.int().argmax(1).numpy()
     modality = np.repeat(np.arange(len(encoded)), [len(x) for x in encoded])
 
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.add_subplot(title="common subspace, test items", xticks=[], yticks=[])
-    colours = mpl.colormaps["tab20" if len(classes) > 10 else "tab10"]
-    for m, name in enumerate(some.modalities):
-        here = modality == m
-        colour = colours(first_class[here] % colours.N)
-        axes.scatter(
-            place[here, 0], place[here, 1], s=12, c=colour, marker=MARKERS[m % len(MARKERS)], label=name, alpha=0.7
-        )
-    present = np.unique(first_class)[:20]
-    handles = [axes.scatter([], [], s=12, color=colours(c % colours.N), label=classes[c]) for c in present]
-    figure.legend(handles=handles, loc="outside right upper", fontsize="small")
-    axes.legend(loc="lower right", fontsize="small")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(f"common subspace, {len(some)} test items: the same points twice")
+    by_class, by_modality = figure.subplots(1, 2, subplot_kw={"xticks": [], "yticks": []})
+    _scatter(by_class, "class", place, labels.int().argmax(1).numpy(), classes)
+    _scatter(by_modality, "modality", place, modality, some.modalities)
     return figure
+
+
+def _scatter(axes: Axes, title: str, place: np.ndarray, group: np.ndarray, names: Sequence[str]) -> None:
+    """Points [n, 2] coloured by their group [n] int, with one legend of the groups, beside them."""
+    axes.set_title(f"coloured by {title}")
+    colours = mpl.colormaps["tab20" if len(names) > 10 else "tab10"]
+    axes.scatter(place[:, 0], place[:, 1], s=10, c=colours(group % colours.N), alpha=0.7)
+    present = np.unique(group)
+    shown = present[:MAX_CLASSES]
+    handles = [axes.scatter([], [], s=12, color=colours(g % colours.N), label=names[g]) for g in shown]
+    heading = title if len(shown) == len(present) else f"{title}, {len(shown)} of {len(present)}"
+    axes.legend(handles=handles, title=heading, loc="upper left", bbox_to_anchor=(1, 1), fontsize="small")

@@ -23,8 +23,11 @@ from fedxmr.setting import own_device, remarks
 from fedxmr.summary import table
 from fedxmr.types import Items, State
 
-AT = (1, 5, 10, 50, 100)
-"""The cut-offs of mAP@K, Recall@K, Hit@K, nDCG@K and precision@K."""
+SCOPES = (1, 2, 5, *range(10, 100, 10), *range(100, 500, 50), 500, 1000, 2000, 5000)
+"""The cut-offs of mAP@K, Recall@K, Hit@K, nDCG@K and precision@K, up to the size of the largest gallery.
+
+They include the scopes of the DRSL paper: 10, 20 ... 80 for Pascal, 50, 100 ... 400 for Wikipedia.
+"""
 
 TIES_WORTH_A_WARNING = 0.01
 
@@ -47,7 +50,7 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
     device = own_device(config)
     models = {k: load(out, k, "selected", str(device)) for k in chosen}
     scaled = {k: model.scale(items).to(device) for k, model in models.items()}
-    found = {k: evaluate_in_full(model.learner, scaled[k], config.seed, AT) for k, model in models.items()}
+    found = {k: evaluate_in_full(model.learner, scaled[k], config.seed, scopes(items)) for k, model in models.items()}
     across = None
     if len(models) > 1:
         across = evaluate_across([m.learner for m in models.values()], list(scaled.values()), config.seed)
@@ -63,6 +66,12 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
     write_json(out / "retrieval.json", content if zero_shot is None else {**content, "zero_shot": zero_shot})
     _print(config, data, out, summary, across, found, zero_shot)
     return summary
+
+
+def scopes(items: Items) -> tuple[int, ...]:
+    """Those of the SCOPES that some gallery of these items reaches."""
+    largest = max(len(rows) for rows in items.rows.values())
+    return tuple(k for k in SCOPES if k <= largest)
 
 
 def _retrieval(

@@ -350,11 +350,12 @@ def test_pictures_are_drawn_as_files_and_in_tensorboard(tmp_path):
     from fedxmr.simulate import run
 
     run(configured(), tmp_path / "run")
-    for name in ("t-sne", "precision-recall"):
+    pictures = ("t-sne", "precision-recall", "precision-scope")
+    for name in pictures:
         assert (tmp_path / "run" / "pictures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     events = EventAccumulator(str(tmp_path / "run"), {"images": 0})
     events.Reload()
-    assert set(events.Tags()["images"]) == {"pictures/t-sne", "pictures/precision-recall"}
+    assert set(events.Tags()["images"]) == {f"pictures/{name}" for name in pictures}
 
 
 def test_cross_client_retrieval_is_the_mean_over_ordered_pairs_of_clients(tmp_path):
