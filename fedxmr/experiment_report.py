@@ -56,10 +56,15 @@ def scores_of_clients(run: Run) -> list[dict[str, float]]:
 
 
 def compare(plan: Plan, results: Results) -> list[Compared]:
-    """Every row against its reference; of zero-shot tasks in each of them. None of a single seed."""
+    """Every row against its reference; of zero-shot tasks in each of them. None of a single seed, or of other data."""
     if plan.seeds < 2:
         return []
-    rows = [(row, against) for row in results.runs if (against := plan.reference_of(row))]
+
+    def data(row: Row) -> str:
+        return results.runs[row][0].config.dataset.name
+
+    against_own = [(row, plan.reference_of(row)) for row in results.runs]
+    rows = [(row, against) for row, against in against_own if against and data(row) == data(against)]
     found: list[Compared] = []
     for score in compared_scores(results):
         apart = [
@@ -140,7 +145,8 @@ def _score_table(plan: Plan, results: Results) -> Table:
     by_row = {row: [scores(run) for run in runs] for row, runs in results.runs.items()}
     first = next(iter(results.runs.values()))[0].summary["test"]["selected"]["mean"]
     directions = [name for name in first if name != "average"]
-    shown = [*(directions if len(directions) <= MAX_DIRECTIONS else []), "average", "last round", "cross-client"]
+    shown = [*(directions if len(directions) <= MAX_DIRECTIONS else []), "average", "last round"]
+    shown += ["cross-client"] if any("cross-client" in own[0] for own in by_row.values()) else []
     published = plan.published
     if published is not None:  # such as seconds; a zero-shot task has a table of its own
         every = set.union(*(set(own[0]) for own in by_row.values()))

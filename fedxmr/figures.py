@@ -17,10 +17,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from fedxmr import sources
 from fedxmr.conduct import Results, Run
 from fedxmr.experiment import Plan, Row
 from fedxmr.experiment_report import compared_scores, scores, scores_of_clients
 from fedxmr.metrics import RECALL_LEVELS
+from fedxmr.models import load
+from fedxmr.pictures import common_subspace_figure
 
 Array = npt.NDArray[np.float64]
 
@@ -39,7 +42,7 @@ MUCH = 20
 def draw(plan: Plan, results: Results, folder: Path) -> list[Path]:
     """Draw what an experiment has to show as PNG files; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
-    drawn = _sweep(plan, results) if plan.sweep else _comparison(results)
+    drawn = _sweep(plan, results) if plan.sweep else _comparison(plan, results)
     paths = []
     for name, figure in drawn:
         paths.append(folder / f"{name}.png")
@@ -70,8 +73,8 @@ def loss_curve(run: Run) -> tuple[Array, Array]:
     return np.array(sorted(found), dtype=float), np.array([np.mean(found[r]) for r in sorted(found)])
 
 
-def _comparison(results: Results) -> Iterator[tuple[str, Figure]]:
-    """mAP against rounds and bytes, loss against rounds, precision against recall and scope."""
+def _comparison(plan: Plan, results: Results) -> Iterator[tuple[str, Figure]]:
+    """mAP against rounds and bytes, loss against rounds, precision against recall and scope; t-SNE of the reference."""
     runs = {row.label: own for row, own in results.runs.items()}
     learning = {name: [learning_curve(run) for run in own] for name, own in runs.items()}
     yield "map-against-rounds", _against_rounds(learning)
@@ -79,6 +82,7 @@ def _comparison(results: Results) -> Iterator[tuple[str, Figure]]:
     yield "loss-against-rounds", _losses(runs)
     yield "precision-recall", _retrieval(runs, "recall", _recall_curve)
     yield "precision-scope", _retrieval(runs, "scope", _scope_curve)
+    yield "t-sne", _common_subspace(runs[plan.reference or next(iter(plan.methods))][0])
 
 
 def _against_rounds(learning: Mapping[str, Sequence[tuple[Array, Array, Array]]]) -> Figure:
@@ -139,6 +143,14 @@ def _retrieval(runs: Mapping[str, Sequence[Run]], what: str, curve: Curve) -> Fi
         x = np.asarray(of_runs[0][0][0], dtype=float)
         _band(axes, name, x, [np.mean([precision for _, precision in curves], axis=0) for curves in of_runs])
     return _legend(figure)
+
+
+def _common_subspace(run: Run) -> Figure:
+    """t-SNE of what the selected model of a run's first client makes of the test items."""
+    data = sources.dataset(run.config)
+    client = run.summary["test"]["selected"]["clients"][0]["client"]
+    model = load(run.folder, client, "selected", "cpu")
+    return common_subspace_figure(model.learner, model.scale(data.test), data.classes, run.config.seed)
 
 
 def _sweep(plan: Plan, results: Results) -> Iterator[tuple[str, Figure]]:

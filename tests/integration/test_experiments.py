@@ -231,7 +231,9 @@ def test_an_experiment_tunes_on_validation_runs_every_seed_and_goes_on_where_it_
     assert "| local " in text
     assert "paired by seed" in text
     assert "tuned with 2 trials" in text
-    assert (experiment.parent / "figures" / "map-against-bytes.png").is_file()
+    assert {path.stem for path in (experiment.parent / "figures").iterdir()} == {
+        "map-against-rounds", "map-against-bytes", "loss-against-rounds", "precision-recall", "precision-scope", "t-sne"
+    }  # fmt: skip
     for name in ("results.tex", "results.csv"):
         assert "fedcmr" in (out / name).read_text()
 

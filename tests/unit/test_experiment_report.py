@@ -128,15 +128,8 @@ def test_the_json_has_every_number(found):
     assert content["published"]["rows"]["ACMR"] == [0.5, None]
 
 
-def test_a_comparison_and_a_sweep_are_drawn(found, tmp_path):
-    plan, results = found
-    names = {path.name for path in draw(plan, results, tmp_path / "figures")}
-    assert names == {
-        f"{name}.png"
-        for name in (
-            "map-against-rounds", "map-against-bytes", "loss-against-rounds", "precision-recall", "precision-scope",
-        )
-    }  # fmt: skip
+def test_a_sweep_is_drawn(found, tmp_path):
+    _, results = found
     methods = {"local": {"sweep": False}, "fedcmr": {}}
     sweep = Plan(methods=methods, title="A sweep", seeds=1, sweep={"strategy.alpha": [1, 100], "strategy.gamma": [1]})
     assert [row.label for row in sweep.rows()] == ["local", "fedcmr, alpha=1, gamma=1", "fedcmr, alpha=100, gamma=1"]
