@@ -10,6 +10,7 @@ import typer
 
 from fedxmr import commands
 from fedxmr.commands import option, say
+from fedxmr.errors import InputError
 
 if TYPE_CHECKING:
     from fedxmr.tables import Table
@@ -23,6 +24,7 @@ def reproduce(
     workers: Annotated[int | None, option("runs side by side, one thread each; default: the number of cores")] = None,
     out: Annotated[Path | None, option("where the runs go and are found again; default: runs/<experiment>")] = None,
     figures: Annotated[Path | None, option("where the figures go; default: the folder figures there")] = None,
+    into: Annotated[Path | None, option("a Markdown page whose section of this experiment is written anew")] = None,
 ) -> None:
     """Tune every method on validation with equal effort, run all seeds, and compare on test.
 
@@ -30,7 +32,6 @@ def reproduce(
     run again, so an interrupted experiment goes on where it was. KEY=VALUE holds for every method.
     """
     from fedxmr.conduct import conduct
-    from fedxmr.errors import InputError
     from fedxmr.experiment import read_experiment
     from fedxmr.experiment_report import as_json, compare, notes, tables
     from fedxmr.figures import draw
@@ -57,12 +58,27 @@ def reproduce(
     command += [word for name in method or [] for word in ("--method", name)]
     text = _markdown(shlex.join(command), found, notes(plan, results))
     (out / "results.md").write_text(text, encoding="utf-8")
+    if into is not None:
+        page = into.read_text(encoding="utf-8") if into.exists() else ""
+        into.write_text(with_section(page, out.name, text), encoding="utf-8")
     (out / "results.tex").write_text("\n".join(table.latex() for table in found), encoding="utf-8")
     (out / "results.csv").write_text(found[0].csv(), encoding="utf-8")
     write_json(out / "results.json", as_json(plan, results, compared))
     for path in draw(plan, results, figures or out / "figures"):
         say(f"drawn: {path}")
     say(text)
+
+
+def with_section(page: str, name: str, text: str) -> str:
+    """A Markdown page with `text` between the marks of a section, which is added at its end where it is not there."""
+    begin, end = f"<!-- begin: {name} -->\n", f"<!-- end: {name} -->\n"
+    before, found, rest = page.partition(begin)
+    if not found:
+        return f"{page}\n{begin}{text}{end}"
+    _, found, after = rest.partition(end)
+    if not found:
+        raise InputError(f"the page: expected {end.strip()!r} after {begin.strip()!r}, got no such line")
+    return f"{before}{begin}{text}{end}{after}"
 
 
 def _markdown(command: str, tables: list[Table], notes: list[str]) -> str:

@@ -12,9 +12,11 @@ import torch
 from fedxmr import state
 from fedxmr.conduct import Results, Run
 from fedxmr.config import resolve
+from fedxmr.errors import InputError
 from fedxmr.experiment import Plan
 from fedxmr.experiment_report import as_json, compare, notes, tables
 from fedxmr.figures import draw
+from fedxmr.reproduce import with_section
 from fedxmr.tables import Table
 
 CLIENTS = 2
@@ -145,3 +147,12 @@ def test_latex_markdown_and_csv_hold_what_is_special_to_them():
     assert "x\\_1 & 50 \\%, more" in table.latex()
     assert "a\\|b" in table.markdown()
     assert list(csv.reader(io.StringIO(table.csv()))) == [["", "a|b"], ["x_1", "50 %, more"]]
+
+
+def test_a_page_keeps_what_is_around_a_section():
+    page = with_section("# Results\n", "one", "first\n")
+    page = with_section(page, "two", "second\n")
+    written = with_section(page, "one", "anew\n")
+    assert written == page.replace("first\n", "anew\n")
+    with pytest.raises(InputError, match="expected '<!-- end: one -->'"):
+        with_section(page.replace("end: one", "fin: one"), "one", "anew\n")
