@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedxmr.data import FOLDER, source
+from fedxmr.data import FOLDER, Scaling, source
 from fedxmr.errors import InputError
 from fedxmr.learners import learner_class
 from fedxmr.partition import PartitionConfig
@@ -99,8 +99,9 @@ class DatasetConfig(_Named):
     data_dir: Path | None = Field(
         None, description="where to look for files first; then FEDXMR_DATA and the user cache"
     )
-    scaling: dict[str, Literal["standardise", "norm", "none"]] = Field(
-        default_factory=dict, description="modality -> scaling, where it differs from the data set's own"
+    scaling: dict[str, Scaling] = Field(
+        default_factory=dict,
+        description="modality -> standardise, isotropic, norm or none, in place of what data set and learner recommend",
     )
     task: Literal["standard", "zero-shot", "generalised-zero-shot"] = Field(
         "standard", description="zero-shot: half of the classes are unseen in training; generalised adds its own scores"
@@ -137,7 +138,7 @@ class FederationConfig(_Section):
     epochs: PositiveInt = Field(2, description="E, local epochs of each stage")
     sample: PositiveInt | None = Field(None, description="K clients per round, drawn from (seed, round); null: all")
     standardise: Literal["federated", "client", "none"] = Field(
-        "federated", description="whose means and deviations scale the features"
+        "federated", description="whose means and deviations scale the features; none: nobody's, norm alone is applied"
     )
     min_clients: PositiveInt | None = Field(
         None, description="good updates a round needs to stand; null: 2, or 1 where only one takes part"

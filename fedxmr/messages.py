@@ -23,7 +23,7 @@ class Registration:
     """Who a client is. No item leaves it: counts, and per modality count, mean and centred sum of squares.
 
     class_counts: [C] int64. held: modality -> how many of its items have it, of those that any has.
-    moments: of the modalities among them that are standardised. initial_sha256: of the seeded shared state.
+    moments: of the modalities among them whose scaling takes them. initial_sha256: of the seeded shared state.
     """
 
     client: int
@@ -45,7 +45,7 @@ class Task:
     base: the round of the client's last accepted reply, from whose state it starts; 0: from the seeded initial state.
     keep: False for an evaluation on a copy, of which no training state is kept.
     leader: the round that leads on validation so far, 0 for none.
-    scaler: the common standardisation, with base 0; kept by the client from then on.
+    scaler: the common means and deviations, with base 0; kept by the client from then on.
     """
 
     round: int

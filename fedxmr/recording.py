@@ -33,6 +33,7 @@ from fedxmr.errors import InputError, naming
 from fedxmr.machine import cores
 from fedxmr.partition import Part, load_partition, save_partition
 from fedxmr.setting import own_device
+from fedxmr.sources import scaling
 
 if TYPE_CHECKING:
     from fedxmr.events import Events
@@ -66,7 +67,8 @@ def prepare(out: Path, config: Config, data: Dataset, parts: Sequence[Part], ove
                 shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         try:
-            write_json(out / "environment.json", {**environment(config), "data_sha256": data.sha256})
+            facts = {"data_sha256": data.sha256, "scaling": scaling(config, data)}
+            write_json(out / "environment.json", {**environment(config), **facts})
             save_partition(out / "partition.npz", parts)
             write_text(out / "config.yaml", config.to_yaml())
         except OSError:

@@ -18,7 +18,7 @@ from fedxmr import __version__
 from fedxmr.evaluation import evaluate
 from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
 from fedxmr.models import Model
-from fedxmr.scaling import Moments, Scaler
+from fedxmr.scaling import Moments, Scaler, moments
 from fedxmr.seeding import generator
 from fedxmr.setting import Setting, owned_names
 from fedxmr.snapshot import Owner, Snapshot
@@ -254,9 +254,7 @@ class Client:
         return self._items
 
     def _moments(self) -> dict[str, Moments]:
-        """Of the modalities that are standardised and that this client has."""
-        how = self._setting.scaling
-        return {m: Moments.of(self._raw.features[m]) for m in self._raw.modalities if how[m] == "standardise"}
+        return moments(self._raw, self._setting.scaling)
 
 
 def divide(n: int, fraction: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,12 @@
 """Scaling of features, the same on every client without any item leaving one.
 
 Each client reports per modality count, mean and centred sum of squares; the server combines them exactly (Chan, Golub
-and LeVeque, 1983) into one standardisation, so simulation and deployment scale alike.
+and LeVeque, 1983) into one mean and deviation, so simulation and deployment scale alike.
+
+    standardise   every column to zero mean and unit deviation
+    isotropic     every column to zero mean, and all to a mean square of 1 by one number: columns keep their proportions
+    norm          every row to an L2 norm of 10
+    none          as they are
 """
 
 from __future__ import annotations
@@ -15,6 +20,9 @@ from torch import Tensor
 
 from fedxmr.state import prefixed, sha256, under
 from fedxmr.types import Items, State
+
+BY_MOMENTS = frozenset({"standardise", "isotropic"})
+"""The scalings that depend on what the training items are like."""
 
 ROW_NORM = 10.0
 """The L2 norm that `norm` scaling gives every row (TF-IDF rows have norm 1, which trains slowly)."""
@@ -36,6 +44,11 @@ class Moments:
         return cls(len(x), mean, (x - mean).square().sum(0))
 
 
+def moments(items: Items, scaling: Mapping[str, str]) -> dict[str, Moments]:
+    """Of the modalities that some of the items have, and whose scaling depends on them."""
+    return {m: Moments.of(items.features[m]) for m in items.modalities if scaling[m] in BY_MOMENTS}
+
+
 def combine_moments(parts: Sequence[Moments]) -> Moments:
     """The moments of all parts together; the order of `parts` shows in the last bits."""
     total = parts[0]
@@ -52,7 +65,7 @@ def combine_moments(parts: Sequence[Moments]) -> Moments:
 
 @dataclass(frozen=True, eq=False)
 class Scaler:
-    """mean, deviation: modality -> [d] float32, of the modalities that are standardised. Equal by content."""
+    """mean, deviation: modality -> [d] float32, of the modalities whose scaling takes them. Equal by content."""
 
     mean: Mapping[str, Tensor]
     deviation: Mapping[str, Tensor]
@@ -82,21 +95,26 @@ class Scaler:
 
     @classmethod
     def of(cls, moments: Mapping[str, Moments]) -> Scaler:
-        """Zero mean and unit population variance; a constant feature is centred and left at that."""
-        deviation = {m: (x.centred / max(x.count, 1)).sqrt().float() for m, x in moments.items()}
+        """The population's; the deviation of a constant column is 0."""
         return cls(
             {m: x.mean.float() for m, x in moments.items()},
-            {m: torch.where(d > 0, d, 1.0) for m, d in deviation.items()},
+            {m: (x.centred / max(x.count, 1)).sqrt().float() for m, x in moments.items()},
         )
+
+    def unit(self, modality: str, scaling: str) -> Tensor:
+        """What `standardise` or `isotropic` divides by, [d] or []; 1 where that were 0: a constant column stays one."""
+        deviation = self.deviation[modality]
+        by = deviation if scaling == "standardise" else deviation.double().square().mean().sqrt().float()
+        return torch.where(by > 0, by, 1.0)
 
 
 def scale(items: Items, scaling: Mapping[str, str], scaler: Scaler) -> Items:
-    """The items with every modality scaled as `scaling` says: standardise, norm or none."""
+    """The items with every modality scaled as `scaling` says: standardise, isotropic, norm or none."""
     features = {}
     for modality, x in items.features.items():
         match scaling[modality]:
-            case "standardise" if modality in scaler.mean:  # not where a run's `standardise` is none
-                features[modality] = (x - scaler.mean[modality]) / scaler.deviation[modality]
+            case "standardise" | "isotropic" as how if modality in scaler.mean:  # not where nobody has any of it
+                features[modality] = (x - scaler.mean[modality]) / scaler.unit(modality, how)
             case "norm":
                 features[modality] = torch.nn.functional.normalize(x, dim=1) * ROW_NORM
             case _:

@@ -13,6 +13,7 @@ from fedxmr.errors import InputError
 
 if TYPE_CHECKING:
     from fedxmr.config import Config
+    from fedxmr.data import Dataset
 
 
 def simulate(
@@ -130,7 +131,8 @@ def run(
         ended = resume is not None and recording.reopen(out, config, data, parts)
         if not resume:
             recording.prepare(out, config, data, parts, overwrite)
-    say(f"{_headline(config)}, engine {engine}\nrun folder: {out}")
+    say(f"{_headline(config)}, engine {engine}")
+    say(f"features: {_scaling(config, data)}\nrun folder: {out}")
     for remark in (*remarks(config, data), *engine.remarks(config), *_foreseen(config)):
         say(f"warning: {remark}")
     run_config = {"config": config.to_yaml(), "out": str(out.resolve()), "resume": resume is not None}
@@ -146,6 +148,17 @@ def run(
                 raise
             error.add_note(recording.outlook(out))
             raise
+
+
+def _scaling(config: Config, data: Dataset) -> str:
+    """How the features are scaled, and what the data set recommends where that is something else."""
+    from fedxmr.sources import scaling
+
+    def words(modality: str, how: str) -> str:
+        recommended = data.scaling[modality]
+        return f"{modality} {how}" if how == recommended else f"{modality} {how} (in place of {recommended})"
+
+    return ", ".join(words(modality, how) for modality, how in sorted(scaling(config, data).items()))
 
 
 def _foreseen(config: Config) -> Iterator[str]:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from typing import get_args
 
 from fedxmr.config import Config
-from fedxmr.data import Dataset, load_dataset
-from fedxmr.errors import unknown
+from fedxmr.data import Dataset, Scaling, load_dataset
+from fedxmr.errors import InputError, unknown
+from fedxmr.learners import learner_class
 from fedxmr.partition import Part, PartitionConfig, partition
+from fedxmr.scaling import BY_MOMENTS
 from fedxmr.zero_shot import Protocol, protocol, seen_only, with_unseen_classes
 
 
@@ -67,8 +70,21 @@ def _parts(
 
 
 def scaling(config: Config, data: Dataset) -> Mapping[str, str]:
-    """How each modality is scaled: as the data set recommends, unless the configuration says otherwise."""
+    """How a run scales each modality: as the configuration says, else as the data set recommends and the learner wants.
+
+    Where nobody's moments scale (`federation.standardise: none`), what would take them is "none". Raises InputError for
+    a modality that the data set lacks, and for a learner that wants what there is not.
+    """
     for modality in config.dataset.scaling:
         if modality not in data.spec.dims:
             raise unknown("modality in dataset.scaling", modality, data.spec.dims)
-    return {**data.scaling, **config.dataset.scaling}
+    instead = getattr(learner_class(config.learner.name), "scaling", {})
+    if not isinstance(instead, Mapping) or not set(instead.values()) <= set(get_args(Scaling)):
+        raise InputError(
+            f"learner {config.learner.name!r}: expected scaling to be a mapping to {', '.join(get_args(Scaling))}, "
+            f"got {instead!r}"
+        )
+    found = {m: instead.get(how, how) for m, how in data.scaling.items()} | config.dataset.scaling
+    if config.federation.standardise == "none":
+        return {m: "none" if how in BY_MOMENTS else how for m, how in found.items()}
+    return found

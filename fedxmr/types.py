@@ -161,7 +161,9 @@ class Learner(Encoder, Protocol):
     A class may also have
     - `remarks(config, spec) -> Sequence[str]`: what a run should say of the learner on such data;
     - `unshared: str`: why no strategy can share anything of it, as "is ..."; each client then learns alone;
-    - `rounds: int`: how many a run has where nobody says.
+    - `rounds: int`: how many a run has where nobody says;
+    - `scaling: Mapping[str, str]`: how it wants features scaled where a data set recommends something else, such as
+      {"standardise": "isotropic"}; what the configuration says goes before.
     """
 
     Config: ClassVar[type[BaseModel]]

@@ -22,7 +22,7 @@ from fedxmr.config import Config
 from fedxmr.data import Dataset
 from fedxmr.evaluation import mean_scores
 from fedxmr.models import load
-from fedxmr.scaling import Moments, Scaler, scale
+from fedxmr.scaling import Scaler, moments, scale
 from fedxmr.setting import own_device
 from fedxmr.summary import MAX_DIRECTIONS
 from fedxmr.zero_shot import MIN_SPLITS, Protocol, evaluate_task
@@ -63,8 +63,7 @@ def _models(
 def _floors(config: Config, data: Dataset, protocol: Protocol) -> dict[str, Any]:
     """What needs no federation: by name, those that this data set can have. Features are scaled by all that is seen."""
     how = sources.scaling(config, data)
-    moments = {m: Moments.of(x) for m, x in data.train.features.items() if how[m] == "standardise"}
-    scaler = Scaler.of(moments)
+    scaler = Scaler.of(moments(data.train, how))
     scaled = replace(protocol, train=scale(protocol.train, how, scaler), test=scale(protocol.test, how, scaler))
     train, validation = (scale(items, how, scaler) for items in (data.train, data.validation))
     found = {

@@ -13,8 +13,8 @@ from torch.nn.functional import one_hot
 from fedxmr import state
 from fedxmr.types import DataSpec, Items, State
 
-Scaling = Literal["standardise", "norm", "none"]
-"""How a run scales a modality: zero mean and unit variance per column, rows scaled to L2 norm 10, or as they are."""
+Scaling = Literal["standardise", "isotropic", "norm", "none"]
+"""How a run scales a modality; see fedxmr/scaling.py."""
 
 MODALITY_NAME = r"^[A-Za-z0-9_-]+$"
 """Modalities become parts of dotted names, file names and directions such as "image->text"."""
@@ -27,7 +27,7 @@ class Dataset:
     classes: their names, "0", "1" ... where unknown.
     all_test: the published test part in its published row order, where the validation part was cut from it (then
         `all_test_overlaps`); else the test part itself.
-    scaling: modality -> the scaling recommended for it.
+    scaling: modality -> the scaling recommended for it. A learner may want another instead.
     notes: what every report on this data set should say.
     column_class: modality -> [d] int64, where features are similarities to other items: the class of each column's.
     """

@@ -10,6 +10,10 @@ codes a feature by its own dictionary, z = (D'D + gamma I)^-1 D'x, and ranks by 
 
 All is float64, and nothing is drawn but the start. Where paper and authors' code (pineapple0422/DLSL, commit ca395b7)
 part, or are silent:
+- Of scaling the paper says nothing. Where a data set recommends to standardise, features are centred and divided by one
+  number (`isotropic`) unless `dataset.scaling` says otherwise: k atoms go to where most of the squares are, and where
+  every column has the same variance (principal components, standardised) that is noise. On Wikipedia's CNN features
+  mAP is .16 standardised and .32 isotropic. Where columns are of different units, standardise: on mfeat .53 and .46.
 - The ridge r on Z is the code's (`ridge`); eq. 3 has none, and is singular where atoms are more than dimensions.
 - As eq. 3 stacks them, and the code, alpha and beta act squared (`stack: paper`); in eq. 2 they stand as they are.
 - Columns are at most 1 long, as in the paper; the code's call takes gamma, 0.1, for that bound (`col_norm: 0.1`).
@@ -27,6 +31,7 @@ Federation. Codes and dictionaries are what they are up to a rotation, so all of
 alone transfers nothing. `load` scales averaged and extrapolated columns back to the bound. An epoch solves for them
 anew, so FedCMR's enhancement on a fifth of the items forgets much of what was merged (`strategy.joint_fraction=1` has
 none). FedProx is in closed form: mu/2 |D - D_t|^2 beside w |X - D Z|^2 / n adds mu/2 I to w A and mu/2 D_t to w B, of
+each dictionary.
 
 `share: statistics`, the exact way. For each dictionary the state has A = Z Z' / n and B = X Z' / n of the last epoch, n
 the client's items; their means weighted by n are A and B of all items together. `load` of these without the dictionary
@@ -39,7 +44,7 @@ fewer items than k much of them.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -91,6 +96,7 @@ class DLSL:
     """The learner: `dictionaries.<modality>` [d, k], `map` [C, k]; of each, `statistics.<name>.gram` and `.cross`."""
 
     Config = DLSLConfig
+    scaling: ClassVar[Mapping[str, str]] = {"standardise": "isotropic"}
 
     by_class = frozenset({_MAP})
 

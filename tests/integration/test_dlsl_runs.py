@@ -6,14 +6,17 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import fedxmr
 from fedxmr import commands
 from fedxmr.centralized import centralized
+from fedxmr.learners.dlsl import DLSL
 from fedxmr.rounds import Client
 from fedxmr.simulate import run
+from fedxmr.sources import dataset, parts
 from fedxmr.state import load
 from tests.federations import SMALL, configured, federate, same_bytes
 from tests.integration.test_resume import interrupt_after
@@ -50,6 +53,58 @@ def test_it_runs_centralised(tmp_path):
     arguments = [*(a for a in BASE if not a.startswith("runtime")), "--out", str(tmp_path / "run"), "--no-pictures"]
     assert commands.run(centralized, arguments) == commands.OK
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["learner"] == "dlsl"
+
+
+def moved_and_stretched(folder: Path) -> None:
+    """A data set whose columns lie far from zero and differ in spread, one image column being constant."""
+    rng = np.random.default_rng(0)
+    classes = rng.integers(3, size=90)
+    (folder / "features").mkdir(parents=True)
+    for modality, spread in (("image", [10, 5, 1, 0.1, 0]), ("text", [3, 2, 1])):
+        noise = rng.normal(size=(90, len(spread))) + classes[:, None]
+        np.save(folder / "features" / f"{modality}.npy", (noise * spread + 100).astype("float32"))
+    np.save(folder / "labels.npy", classes)
+    np.savez(folder / "split.npz", train=np.arange(50), validation=np.arange(50, 70), test=np.arange(70, 90))
+
+
+def isotropic(x: torch.Tensor, of: torch.Tensor | None) -> torch.Tensor:
+    if of is None:
+        return x
+    mean = of.double().mean(0)
+    return ((x - mean) / (of - mean).square().mean().sqrt()).float()
+
+
+def close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("standardise", ["federated", "client", "none"])
+def test_it_sees_features_centred_and_divided_by_one_number_unless_told_otherwise(
+    standardise, tmp_path, capsys, monkeypatch
+):
+    seen = []
+    fit = DLSL.fit
+    monkeypatch.setattr(DLSL, "fit", lambda self, data, *rest: seen.append(data) or fit(self, data, *rest))
+    moved_and_stretched(tmp_path / "data")
+    config = configured(
+        *(f"dataset={tmp_path / 'data'}", "learner=dlsl", "learner.width=2", "strategy=fedavg", "federation.rounds=1"),
+        *(f"federation.standardise={standardise}", "federation.clients=2", "dataset.scaling={text: norm}"),
+        base=(),
+    )
+    run(config, tmp_path / "run", pictures=False)
+    how = "none" if standardise == "none" else "isotropic"
+    assert f"features: image {how} (in place of standardise), text norm (in place of standardise)\n" in (
+        capsys.readouterr().out
+    )
+    recorded = json.loads((tmp_path / "run" / "environment.json").read_text())["scaling"]
+    assert recorded == {"image": how, "text": "norm"}
+    data = dataset(config)
+    for k, part in enumerate(parts(config)):
+        own, loaded = part.take(data.train).features["image"], fedxmr.load(tmp_path / "run", k, "last")
+        of = {"federated": data.train.features["image"], "client": own, "none": None}[standardise]
+        assert any(close(items.features["image"], isotropic(own, of)) for items in seen)
+        codes = loaded.learner.encode("image", isotropic(data.test.features["image"], of))
+        torch.testing.assert_close(loaded.encode("image", data.test.features["image"]), codes, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("division", ["iid", "one class each"])  # pooled, nobody lacks a modality: see test_dlsl.py

@@ -82,6 +82,10 @@ class Remarks(Toy):
         raise ValueError("no remark")
 
 
+class Scales(Toy):
+    scaling = {"standardise": "whiten"}  # noqa: RUF012
+
+
 @pytest.mark.parametrize(
     ("learner", "says"),
     [
@@ -91,6 +95,10 @@ class Remarks(Toy):
         (NotTrainable, "expected common to be trainable, got shared.w"),
         (NotByClass, "expected private.v, which is by class, to have 3 rows, got"),
         (NoTensors, r"expected state\(\) to be tensors by name, got dict"),
+        (
+            Scales,
+            "expected scaling to be a mapping to standardise, isotropic, norm, none, got {'standardise': 'whiten'}",
+        ),
         (Remarks, "ValueError: no remark"),
     ],
 )

@@ -42,6 +42,24 @@ def test_a_column_that_hardly_varies_stays_finite(tiny):
     assert got.features["image"].isfinite().all()
 
 
+def test_isotropic_features_keep_the_proportions_of_their_columns_and_have_a_mean_square_of_one():
+    x = torch.randn(50, 3) * torch.tensor([7.0, 0.0, 0.01]) + 100
+    scaler = Scaler.of({"image": combine_moments([Moments.of(x[:13]), Moments.of(x[13:])])})
+    got = scale(Items.paired({"image": x}, torch.ones(50, 1, dtype=torch.bool)), {"image": "isotropic"}, scaler)
+    expected = x.double().numpy() - x.double().numpy().mean(0)
+    expected /= np.sqrt((expected**2).mean())
+    np.testing.assert_allclose(got.features["image"].numpy(), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["standardise", "isotropic"])
+def test_features_that_never_change_stay_finite_where_they_do_in_the_end(how):
+    scaler = Scaler.of({"image": Moments.of(torch.full((50, 3), 0.1))})
+    got = scale(
+        Items.paired({"image": torch.full((2, 3), 4.1)}, torch.ones(2, 1, dtype=torch.bool)), {"image": how}, scaler
+    )
+    assert got.features["image"].flatten().tolist() == pytest.approx([4.0] * 6)
+
+
 def test_norm_scaling_gives_every_row_length_ten_and_leaves_a_zero_row():
     x = torch.tensor([[3.0, 4.0], [0.0, 0.0]])
     got = scale(Items.paired({"text": x}, torch.ones(2, 1, dtype=torch.bool)), {"text": "norm"}, Scaler({}, {}))
