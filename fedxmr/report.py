@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,8 +19,10 @@ from fedxmr.evaluation import evaluate_across, evaluate_in_full
 from fedxmr.metrics import Retrieval
 from fedxmr.models import load
 from fedxmr.recording import read_json, read_lines, write_json
-from fedxmr.setting import own_device, remarks
-from fedxmr.summary import table
+from fedxmr.setting import build_learner, own_device, remarks
+from fedxmr.sources import parts as parts_of
+from fedxmr.strategies import shared_names
+from fedxmr.summary import by_query, table
 from fedxmr.types import Items, State
 
 SCOPES = (1, 2, 5, *range(10, 100, 10), *range(100, 500, 50), 500, 1000, 2000, 5000)
@@ -119,7 +121,8 @@ def _print(
     if zero_shot is not None:
         say(zero_shot_report.table(zero_shot))
     if across:
-        say("cross-client mAP (query by one client, gallery by another), selected round: " + _scores(across))
+        shown = across if len(across) <= 3 else by_query(across)
+        say("cross-client mAP (query by one client, gallery by another), selected round: " + _scores(shown))
     if "best_on_test" in summary["test"]:
         say("note: best on test is a leak: its round was chosen on the test items")
     tied = fmean(r.tied for directions in found.values() for r in directions.values())
@@ -127,9 +130,26 @@ def _print(
         say(f"warning: {tied:.1%} of the scores are tied; a collapsed model ranks by chance")
     if config.evaluation.on == "all-test" and data.all_test_overlaps:
         say("note: all-test includes the validation rows that chose the round")
-    for note in (*data.notes, *remarks(config, data)):
+    for note in (*untrained(config, data, list(found)), *data.notes, *remarks(config, data)):
         say(f"note: {note}")
     _close(summary, out)
+
+
+def untrained(config: Config, data: Dataset, clients: Sequence[int]) -> Iterator[str]:
+    """Which of these clients lack which modality, and that their means count it all the same; nothing if none does."""
+    learner = build_learner(config.learner, data.spec, torch.device("cpu"), None)
+    parts, shared = parts_of(config), shared_names(config.strategy, learner)
+    lacking, arrives = [], False
+    for modality in data.spec.dims:
+        own = learner.owned(data.spec.dims) - learner.owned(data.spec.dims.keys() - {modality})
+        without = [k for k in clients if not len(parts[k].held.get(modality, ()))]
+        if own and without:
+            who = ", ".join(map(str, without))
+            lacking.append(f"{modality} (client{'s' if len(without) > 1 else ''} {who})")
+            arrives |= not own.isdisjoint(shared)
+    if lacking:
+        how = "as far as others share it" if arrives else "untrained"
+        yield f"some clients lack a modality: {'; '.join(lacking)}; the means count their encoder of it, {how}"
 
 
 def _close(summary: Mapping[str, Any], out: Path) -> None:

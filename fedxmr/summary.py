@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 
 from fedxmr.config import Config
@@ -79,8 +82,46 @@ def seconds() -> dict[str, float]:
     return {"total": round(sum(parts.values()), 4), **parts}
 
 
-MAX_DIRECTIONS = 6
-"""With more than three modalities the table shows the average alone; summary.json has every direction."""
+COLUMNS = 80
+"""The width that the tables of a run keep to."""
+
+View = Callable[[Scores], Scores]
+"""Which scores by direction are shown, average included, and under which name."""
+
+
+def by_direction(scores: Scores) -> Scores:
+    """All of them."""
+    return scores
+
+
+def by_query(scores: Scores) -> Scores:
+    """For each modality the mean over its directions as a query, as "image->*", and the average."""
+    values = defaultdict(list)
+    for direction, value in scores.items():
+        query, arrow, _ = direction.partition("->")
+        values[f"{query}->*" if arrow else query].append(value)
+    return {name: fmean(of_one) for name, of_one in values.items()}
+
+
+def averaged(scores: Scores) -> Scores:
+    """The average over all directions alone."""
+    return {"average": scores["average"]}
+
+
+def fitting(build: Callable[[View], Table], file: str) -> Table:
+    """What `build` makes of the view that shows most, of those whose table keeps to COLUMNS.
+
+    file: where all directions are, which a table that does not show them says.
+    """
+    console = Console(width=10 * COLUMNS)
+    for view in (by_direction, by_query, averaged):
+        table = build(view)
+        if view is not by_direction:
+            means = "->*: mean over all galleries; " if view is by_query else ""
+            table.caption, table.caption_justify = f"{means}every direction is in {file}", "left"
+        if view is averaged or console.measure(table).maximum <= COLUMNS:
+            break
+    return table
 
 
 def table(summary: Mapping[str, Any], costs: Mapping[int, tuple[float, float]]) -> Table:
@@ -88,19 +129,27 @@ def table(summary: Mapping[str, Any], costs: Mapping[int, tuple[float, float]]) 
 
     costs: client -> megabytes moved, both ways, and seconds of work, over the whole run.
     """
-    directions = [d for d in summary["test"]["last"]["mean"] if d != "average"]
-    shown = [*(directions if len(directions) <= MAX_DIRECTIONS else []), "average"]
-    found = Table("test mAP@all, seen" if "task" in summary else "test mAP@all", box=SIMPLE_HEAD, pad_edge=False)
+    return fitting(lambda view: _table(summary, costs, view), "summary.json")
+
+
+def _table(summary: Mapping[str, Any], costs: Mapping[int, tuple[float, float]], view: View) -> Table:
+    shown = list(view(summary["test"]["last"]["mean"]))
+    found = Table("test mAP@all, seen" if "task" in summary else "test mAP@all", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in (*shown, "MB moved", "seconds"):
         found.add_column(column, justify="right")
     for which, scored in summary["test"].items():
         found.add_row(f"{which.replace('_', ' ')}, round {scored['round']}", style="bold")
         for own in scored["clients"]:
             megabytes, seconds = costs.get(own["client"], (0.0, 0.0))
-            values = [f"{own[d]:.3f}" for d in shown]
+            values = row({name: value for name, value in own.items() if name != "client"}, view)
             found.add_row(f"  client {own['client']}", *values, f"{megabytes:.1f}", f"{seconds:.1f}")
-        found.add_row("  mean", *(f"{scored['mean'][d]:.3f}" for d in shown), end_section=True)
+        found.add_row("  mean", *row(scored["mean"], view), end_section=True)
     return found
+
+
+def row(scores: Scores, view: View) -> list[str]:
+    """A table's cells."""
+    return [f"{value:.3f}" for value in view(scores).values()]
 
 
 def _scored(round: int, scores: Mapping[int, Scores]) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from fedxmr.evaluation import mean_scores
 from fedxmr.models import load
 from fedxmr.scaling import Scaler, moments, scale
 from fedxmr.setting import own_device
-from fedxmr.summary import MAX_DIRECTIONS
+from fedxmr.summary import View, fitting, row
 from fedxmr.zero_shot import MIN_SPLITS, Protocol, evaluate_task
 
 WHICH: tuple[Literal["selected", "last"], ...] = ("selected", "last")
@@ -77,21 +77,22 @@ def _floors(config: Config, data: Dataset, protocol: Protocol) -> dict[str, Any]
 
 def table(found: Mapping[str, Any]) -> Table:
     """A run's zero-shot mAP, mean over clients, by task and direction, at the selected and at the last round."""
-    tasks = found["last"]["mean"]
-    directions = [d for d in next(iter(tasks.values())) if d != "average"]
-    shown = [*(directions if len(directions) <= MAX_DIRECTIONS else []), "average"]
-    drawn = Table("zero-shot mAP@all", box=SIMPLE_HEAD, pad_edge=False)
-    for column in shown:
+    return fitting(lambda view: _table(found, view), "retrieval.json")
+
+
+def _table(found: Mapping[str, Any], view: View) -> Table:
+    drawn = Table("zero-shot mAP@all", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in view(next(iter(found["last"]["mean"].values()))):
         drawn.add_column(column, justify="right")
     for which in WHICH:
         drawn.add_row(f"{which}, round {found[which]['round']}, mean", style="bold")
         for task, scores in found[which]["mean"].items():
-            drawn.add_row(f"  {task}", *(f"{scores[d]:.3f}" for d in shown))
+            drawn.add_row(f"  {task}", *row(scores, view))
         drawn.add_section()
     drawn.add_row("without training", style="bold")
     for name, by_task in found["floors"].items():
         for task, scores in by_task.items():
-            drawn.add_row(f"  {task}, {name}", *(f"{scores[d]:.3f}" for d in shown))
+            drawn.add_row(f"  {task}, {name}", *row(scores, view))
     return drawn
 
 
