@@ -28,6 +28,7 @@ def centralized(
     gpus_per_client: commands.GpusPerClient = None,
     ray_address: commands.RayAddress = None,
     pictures: commands.Pictures = True,
+    examples: commands.Examples = 0,
     out: commands.Out = None,
     overwrite: commands.Overwrite = False,
     resume: commands.Resume = None,
@@ -62,7 +63,7 @@ def centralized(
     checked = configure(config, options, assignments, resume=resume)
     if not checked.centralized:
         raise InputError("centralized: expected one client that shares nothing; fedxmr.simulate runs federations")
-    run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures)
+    run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures, examples=examples)
 
 
 if __name__ == "__main__":

@@ -105,6 +105,11 @@ Overwrite = Annotated[bool, option("replace a run folder that exists", "--overwr
 Resume = Annotated[Path | None, option("a run folder: go on from its last checkpoint; rounds may grow")]
 Pictures = Annotated[bool, typer.Option("--pictures/--no-pictures", help="draw t-SNE and precision curves")]
 
+Examples = Annotated[
+    int,
+    typer.Option("--examples", min=0, help="a page of examples: so many of the gallery per query", show_default=False),
+]
+
 
 def configure(
     file: Path | None,

@@ -269,6 +269,11 @@ class Config(_Section):
         return self.federation.clients == 1 and self.strategy.share == "nothing"
 
     @property
+    def method(self) -> str:
+        """What a run is called after: its strategy, but for one client alone."""
+        return "centralized" if self.centralized else self.strategy.name
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What may not change while a run goes on, as JSON.
 

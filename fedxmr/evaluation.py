@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import permutations
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
-from fedxmr.metrics import Retrieval, mean_average_precision, retrieval, tie_order
+from fedxmr.metrics import (
+    Retrieval,
+    average_precision,
+    mean_average_precision,
+    ranking,
+    relevance,
+    retrieval,
+    scores_of,
+    tie_order,
+)
 from fedxmr.seeding import generator
 from fedxmr.types import Encoder, Items, Learner
 
@@ -74,6 +84,37 @@ def evaluate_in_full(learner: Learner, items: Items, seed: int, at: Sequence[int
             curves=True,
         )
     return found
+
+
+@dataclass(frozen=True, eq=False)
+class Ranking:
+    """The whole gallery as k queries rank it, best first; on the CPU.
+
+    rows: [k, g] int64, feature rows of the gallery. scores: [k, g]. relevant: [k, g] bool. own: [k, g] bool, whether it
+    is the query's own pair. average_precision: [k] float64, NaN where nothing is relevant.
+    """
+
+    rows: Tensor
+    scores: Tensor
+    relevant: Tensor
+    own: Tensor
+    average_precision: Tensor
+
+
+@torch.inference_mode()
+def rank(learner: Encoder, items: Items, seed: int, direction: tuple[str, str], queries: Tensor) -> Ranking:
+    """How some queries, [k] int64 feature rows of their modality, rank the gallery: just as all metrics have it."""
+    query, gallery = direction
+    encoded = {m: learner.encode(m, items.features[m]) for m in direction}
+    all_scores = _scores(learner, encoded[query], encoded[gallery], direction)
+    scores = scores_of(all_scores, queries, len(encoded[query]), len(encoded[gallery])).cpu()
+    order = ties(items, gallery, seed)
+    labels = {m: items.labels[items.rows[m]].cpu() for m in direction}
+    relevant = relevance(labels[query][queries], labels[gallery])
+    rows = ranking(scores, order)
+    own = items.rows[query].cpu()[queries, None] == items.rows[gallery].cpu()
+    precision = average_precision(scores, relevant, order)
+    return Ranking(rows, scores.gather(1, rows), relevant.gather(1, rows), own.gather(1, rows), precision)
 
 
 @torch.inference_mode()

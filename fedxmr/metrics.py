@@ -182,6 +182,20 @@ def retrieval(
     return _means(table, size, tied / (queries * size), at, has_pair, curves, without_relevant)
 
 
+def scores_of(scores: Scores, wanted: Tensor, queries: int, size: int) -> Tensor:
+    """The scores of some queries as `retrieval` sees them; wanted: [k] int64, on the CPU. Returns [k, g].
+
+    From calls with the same slices: a matrix product may itself round differently for another number of rows.
+    """
+    chunk = max(1, CHUNK_SCORES // size)
+    found: dict[int, Tensor] = {}
+    for start in sorted({int(query) // chunk * chunk for query in wanted}):
+        rows = slice(start, min(start + chunk, queries))
+        block = _checked(scores(rows).detach(), rows, size)
+        found |= {query: block[query - start].clone() for query in wanted.tolist() if start <= query < rows.stop}
+    return torch.stack([found[query] for query in wanted.tolist()])
+
+
 # A key holds a place in the order of the scores (32 bits, best lowest), the tie rank (30 bits) and the relevance (1):
 # once the keys of a query are sorted, they are its ranking.
 _SCORE = 1 << 31

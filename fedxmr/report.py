@@ -34,10 +34,10 @@ They include the scopes of the DRSL paper: 10, 20 ... 80 for Pascal, 50, 100 ...
 TIES_WORTH_A_WARNING = 0.01
 
 
-def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[str, Any]:
+def report(config: Config, data: Dataset, out: Path, *, pictures: bool, examples: int = 0) -> dict[str, Any]:
     """Measure the selected models in full, write retrieval.json and the pictures, print the table.
 
-    Returns the run's summary.
+    examples: how much of the gallery a page of examples shows per query; 0: no page. Returns the run's summary.
     """
     summary = read_json(out / "summary.json")
     for kind in ("rejected", "failed"):
@@ -58,15 +58,22 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool) -> dict[
         across = evaluate_across([m.learner for m in models.values()], list(scaled.values()), config.seed)
     zero_shot = zero_shot_report.measure(config, data, out, chosen)
     state.save(out / "precisions.safetensors", _precisions(items, found), {"items": len(items)})
+    first = chosen[0]
     if pictures:
         from fedxmr.pictures import draw
 
-        first = chosen[0]
         draw(out, found, models[first].learner, scaled[first], data.classes, config.seed)
+    if examples:
+        from fedxmr.examples import write
+
+        model, maps = models[first], {direction: r.map for direction, r in found[first].items()}
+        write(out, config, data, scaled[first], model, maps, examples)
     content = _retrieval(summary, found, across)
     # written last: with it a run is over, and has nothing left to resume
     write_json(out / "retrieval.json", content if zero_shot is None else {**content, "zero_shot": zero_shot})
     _print(config, data, out, summary, across, found, zero_shot)
+    if examples:
+        say(f"examples: {out / 'pictures' / 'examples.html'}")
     return summary
 
 

@@ -57,6 +57,7 @@ def simulate(
         ),
     ] = None,
     pictures: commands.Pictures = True,
+    examples: commands.Examples = 0,
     out: commands.Out = None,
     overwrite: commands.Overwrite = False,
     resume: commands.Resume = None,
@@ -95,7 +96,7 @@ def simulate(
         "runtime.ray_address": ray_address,
     }
     checked = configure(config, options, assignments, method, resume)
-    run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures)
+    run(checked, out, overwrite=overwrite, resume=resume, pictures=pictures, examples=examples)
 
 
 def run(
@@ -105,10 +106,12 @@ def run(
     overwrite: bool = False,
     resume: Path | None = None,
     pictures: bool = True,
+    examples: int = 0,
 ) -> dict[str, Any]:
     """Check, run and report; returns the summary. Nothing is written before all that can be checked has been.
 
     out: the run folder; None: a new one in runs/. resume: a run folder to go on with, in place of out.
+    examples: how much of the gallery a page of examples shows per query; 0: no page.
     Raises InputError, FederationError.
     """
     from fedxmr.timing import clock
@@ -125,6 +128,8 @@ def run(
         data = sources.dataset(config)
         parts = sources.parts(config)
         check(config, data)
+        if examples:
+            data.looks()  # bad files are to be found before the run
         engine = engines.choose(config.runtime)
         engine.check(config)
         out = resume or out or _free_folder(config)
@@ -140,7 +145,7 @@ def run(
         try:
             if not ended:
                 engine.run(server, "clients.app:app", config, run_config)
-            return report(config, data, out, pictures=pictures)
+            return report(config, data, out, pictures=pictures, examples=examples)
         except BaseException as error:
             begun = resume is not None or (out / "metrics.jsonl").exists()
             if isinstance(error, InputError) and not begun:  # nothing is lost
@@ -181,21 +186,16 @@ def _headline(config: Config) -> str:
     rounds = f"{federation.rounds} round{'s' if federation.rounds > 1 else ''}"
     task = "" if config.dataset.task == "standard" else f", {config.dataset.task}"
     return (
-        f"{_method(config)} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round}{dropout} "
+        f"{config.method} + {config.learner.name} on {config.dataset.name}{task}: {who}{per_round}{dropout} "
         f"({config.partition.scheme}), {rounds}, seed {config.seed}"
     )
-
-
-def _method(config: Config) -> str:
-    """What a run is called after: its strategy, but for one client alone."""
-    return "centralized" if config.centralized else config.strategy.name
 
 
 def _free_folder(config: Config) -> Path:
     """runs/<dataset>-<method>-<learner>-seed<seed>, or that with -2, -3 ... where it exists."""
     dataset = Path(config.dataset.name).name or "folder"
     learner = config.learner.name.rpartition(":")[2]
-    name = f"{dataset}-{_method(config)}-{learner}-seed{config.seed}"
+    name = f"{dataset}-{config.method}-{learner}-seed{config.seed}"
     candidates = (Path("runs") / (name if i == 1 else f"{name}-{i}") for i in range(1, 1_000_000))
     return next(path for path in candidates if not path.exists())
 

@@ -143,8 +143,11 @@ def seen_only(data: Dataset) -> Dataset:
     seen = data.spec.seen
     assert seen is not None, "asked for the seen classes of a data set without unseen ones"
 
+    def index(items: Items) -> Tensor:
+        return _by_side(items.labels, seen)[0]
+
     def kept(items: Items) -> Items:
-        return items.select(_by_side(items.labels, seen)[0])
+        return items.select(index(items))
 
     left, all_ = len(kept(data.train)), len(data.train)
     note = f"{data.name}: trained and chosen on items of seen classes alone, {left} of {all_} training items"
@@ -154,6 +157,7 @@ def seen_only(data: Dataset) -> Dataset:
         validation=kept(data.validation),
         test=kept(data.test),
         all_test=kept(data.all_test),
+        looks=lambda: data.looks().kept({"test": index(data.test), "all_test": index(data.all_test)}),
         notes=(*data.notes, note),
     )
 

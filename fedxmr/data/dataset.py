@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from fedxmr import state
+from fedxmr.data.looks import Looks
 from fedxmr.types import DataSpec, Items, State
 
 Scaling = Literal["standardise", "isotropic", "norm", "none"]
@@ -29,6 +30,7 @@ class Dataset:
         `all_test_overlaps`); else the test part itself.
     scaling: modality -> the scaling recommended for it. A learner may want another instead.
     notes: what every report on this data set should say.
+    looks: gives what can be shown of the test items, read only when it is asked for. Raises InputError for bad files.
     column_class: modality -> [d] int64, where features are similarities to other items: the class of each column's.
     """
 
@@ -42,6 +44,7 @@ class Dataset:
     all_test_overlaps: bool
     scaling: Mapping[str, Scaling]
     notes: tuple[str, ...] = ()
+    looks: Callable[[], Looks] = Looks
     column_class: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property

@@ -13,6 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedxmr.data.dataset import Dataset, multi_hot
+from fedxmr.data.looks import Looks, pixels
 from fedxmr.data.splits import stratified
 from fedxmr.errors import InputError
 from fedxmr.seeding import generator
@@ -49,7 +50,14 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
             "digits: the modalities are the left and right halves of scikit-learn's 8 x 8 images, divided into "
             f"1078/270/449 train/validation/test images by seed {options.split_seed}, stratified by class",
         ),
+        looks=lambda: _looks(tested),
     )
+
+
+def _looks(tested: Items) -> Looks:
+    """The halves as images."""
+    halves = {modality: pixels(x.reshape(-1, 8, 4), 16) for modality, x in tested.features.items()}
+    return Looks.of_one_part(halves, torch.arange(len(tested)))
 
 
 def _bundled() -> Path:

@@ -7,6 +7,9 @@
     split.npz                 "train", "validation", "test": the item numbers of each part; no item in two parts
     classes.txt               optional: the name of each class, one per line
     class_vectors.npy         optional: [C, k] numbers, for learners that use the meaning of classes
+    shown/<modality>.txt      optional: what a page of examples (--examples) shows of the items, a line per feature row:
+                              the path of an image file in this folder, if it ends in .png, .jpg, .jpeg, .gif or .webp,
+                              or else text, which may be empty
 
 One is made like this, and used with `--dataset my-data/`:
 
@@ -27,7 +30,8 @@ Features are given raw: the run scales them.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
@@ -38,6 +42,7 @@ from torch import Tensor
 
 from fedxmr.arrays import Array, read_npy, read_npz
 from fedxmr.data.dataset import MODALITY_NAME, Dataset, multi_hot
+from fedxmr.data.looks import FORMATS, Look, Looks, check_image, thumbnail
 from fedxmr.errors import InputError, one_line, unknown
 from fedxmr.types import DataSpec, Items
 
@@ -62,7 +67,8 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
     names = _class_names(folder / "classes.txt")
     labels = _labels(folder / "labels.npy", names)
     items = _items(folder, labels)
-    parts = {part: items.select(index) for part, index in _split(folder / "split.npz", len(items)).items()}
+    split = _split(folder / "split.npz", len(items))
+    parts = {part: items.select(index) for part, index in split.items()}
     for part, selected in parts.items():
         for modality in sorted(set(items.features) - set(selected.modalities)):
             raise InputError(f"{folder / 'split.npz'}: expected {part} items that have {modality}, got none")
@@ -77,7 +83,54 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
         all_test=parts["test"],
         all_test_overlaps=False,
         scaling=dict.fromkeys(dims, "standardise"),
+        looks=partial(_looks, folder, items.rows, split["test"]),
     )
+
+
+def _looks(folder: Path, rows: Mapping[str, Tensor], test: Tensor) -> Looks:
+    """What shown/ has of the test items, whose numbers are those of the folder. Their images are checked."""
+    of = {}
+    if (folder / "shown").exists():
+        for modality, path in _modality_files(folder / "shown", ".txt").items():
+            if modality not in rows:
+                raise unknown("modality in shown/", modality, rows)
+            of[modality] = _shown(folder, path, rows[modality], set(test.tolist()))
+    return Looks.of_one_part(of, test)
+
+
+def _shown(folder: Path, path: Path, rows: Tensor, wanted: Set[int]) -> Callable[[int], Look]:
+    """The `wanted` items as the lines of a file say, of which there is one for each of `rows`."""
+    try:
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: expected UTF-8 text, got {one_line(error)}") from error
+    if len(lines) != len(rows):
+        raise InputError(f"{path}: expected {len(rows)} lines, one per row of the features, got {len(lines)}")
+    line_of = {item: at for at, item in enumerate(rows.tolist()) if item in wanted}
+    images = {
+        item: _image(folder, lines[at], f"{path}: line {at + 1}")
+        for item, at in line_of.items()
+        if Path(lines[at]).suffix.lower() in FORMATS
+    }
+
+    def show(item: int) -> Look:
+        return Look(image=thumbnail(images[item])) if item in images else Look(lines[line_of[item]])
+
+    return show
+
+
+def _image(folder: Path, line: str, where: str) -> Path:
+    """The image file that a line names."""
+    try:
+        path = (folder / line).resolve()
+        inside, there = path.is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise InputError(f"{where}: expected an image file in {folder}, got {line!r} ({one_line(error)})") from error
+    if not inside or not there:
+        got = "which is not there" if inside else "which is outside"
+        raise InputError(f"{where}: expected an image file in {folder}, got {line!r}, {got}")
+    check_image(path)
+    return path
 
 
 def _items(folder: Path, labels: Tensor) -> Items:
@@ -97,12 +150,12 @@ def _items(folder: Path, labels: Tensor) -> Items:
     return Items(features, rows, labels)
 
 
-def _modality_files(folder: Path) -> Mapping[str, Path]:
+def _modality_files(folder: Path, suffix: str = ".npy") -> Mapping[str, Path]:
     """Modality -> its file, sorted by modality. Hidden files are passed over; anything else must be a modality."""
     files = {}
     for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
-        if path.suffix != ".npy" or not re.fullmatch(MODALITY_NAME, path.stem):
-            raise InputError(f"{path}: expected <modality>.npy, the modality in letters, digits, - and _")
+        if path.suffix != suffix or not re.fullmatch(MODALITY_NAME, path.stem):
+            raise InputError(f"{path}: expected <modality>{suffix}, the modality in letters, digits, - and _")
         files[path.stem] = path
     return files
 

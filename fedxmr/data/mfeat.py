@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedxmr.data.dataset import Dataset, multi_hot
 from fedxmr.data.files import RemoteFile, github, locate, matrix, read_mat
+from fedxmr.data.looks import Looks, pixels
 from fedxmr.data.splits import first_copies, stratified
 from fedxmr.errors import InputError
 from fedxmr.seeding import generator
@@ -81,7 +82,13 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
             f"mfeat: of the {TRAIN} published training digits {VALIDATION} are validation digits, drawn by seed "
             f"{options.split_seed}, stratified by class; {left_out} that is also a published test digit is left out",
         ),
+        looks=lambda: _looks(test),
     )
+
+
+def _looks(test: Items) -> Looks:
+    """The pixels as images, 16 high and 15 wide; the other modalities are not for the eye."""
+    return Looks.of_one_part({"pixel": pixels(test.features["pixel"].reshape(-1, 16, 15), 6)}, torch.arange(TEST))
 
 
 def _divide(classes: Tensor, first: Tensor, seed: int) -> tuple[Tensor, Tensor]:

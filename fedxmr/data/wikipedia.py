@@ -3,11 +3,17 @@
 The standard split of 2173 training and 693 test pairs. Features are published ones: images as CNN features after PCA
 with TF-IDF texts, or the literature's shallow control, SIFT bags of words with LDA topics. The usual division of the
 693 into 231 validation and 462 test pairs is not recorded with them, so it is drawn here from a seed, by class.
+
+The images and texts themselves are not needed. Where those of the authors' archive lie beside the lists, as
+wikipedia/images/<class>/<id>.jpg and wikipedia/texts/<id>.xml, a page of examples shows them, and else their ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from html import unescape
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -17,6 +23,7 @@ from torch import Tensor
 
 from fedxmr.data.dataset import Dataset, Scaling, multi_hot
 from fedxmr.data.files import RemoteFile, github, locate, matrix, read_mat
+from fedxmr.data.looks import Look, Looks, thumbnail
 from fedxmr.data.splits import stratified
 from fedxmr.errors import InputError, one_line
 from fedxmr.seeding import generator
@@ -63,13 +70,40 @@ class Options(BaseModel):
 def load(options: Options, data_dir: Path | None = None) -> Dataset:
     """Wikipedia as "image" and "text". Raises InputError for files that are missing, altered or damaged."""
     labels = read_labels(data_dir)
+    notes: tuple[str, ...] = ()
     if options.features == "cnn-tfidf":
         features, notes = {"image": read_cnn(labels, data_dir), "text": read_tfidf(data_dir)}, (CNN_NOTE,)
-        return divide(labels, features, {"image": "standardise", "text": "norm"}, options.split_seed, notes)
-    image, text = read_sift_lda(data_dir)
-    return divide(
-        labels, {"image": image, "text": text}, {"image": "standardise", "text": "standardise"}, options.split_seed
-    )
+        scaling: Mapping[str, Scaling] = {"image": "standardise", "text": "norm"}
+    else:
+        image, text = read_sift_lda(data_dir)
+        features, scaling = {"image": image, "text": text}, {"image": "standardise", "text": "standardise"}
+    looks = {"image": show_image, "text": show_text}
+    return divide(labels, features, scaling, looks, options.split_seed, data_dir, notes)
+
+
+class Entry(NamedTuple):
+    """A line of a list, and the folder where the list and perhaps the archive are."""
+
+    folder: Path
+    text: str
+    image: str
+    category: str
+
+
+Show = Callable[[Entry], Look]
+
+
+def show_image(entry: Entry) -> Look:
+    """The image, where it is there, and its id."""
+    path = entry.folder / "images" / entry.category / f"{entry.image}.jpg"
+    return Look(f"image {entry.image}", thumbnail(path) if path.is_file() else "")
+
+
+def show_text(entry: Entry) -> Look:
+    """The text's id, and its words where they are there."""
+    path = entry.folder / "texts" / f"{entry.text}.xml"
+    found = re.search("<text>(.*)</text>", path.read_text("utf-8", "replace"), re.DOTALL) if path.is_file() else None
+    return Look(f"text {entry.text}{': ' + unescape(found[1]) if found else ''}")
 
 
 class Labels(NamedTuple):
@@ -83,7 +117,9 @@ def divide(
     labels: Labels,
     features: Mapping[str, Tensor],
     scaling: Mapping[str, Scaling],
+    looks: Mapping[str, Show],
     seed: int,
+    data_dir: Path | None,
     notes: tuple[str, ...] = (),
     name: str = "wikipedia",
 ) -> Dataset:
@@ -108,7 +144,24 @@ def divide(
         all_test_overlaps=True,
         scaling=scaling,
         notes=(division, *notes),
+        looks=partial(_looks, labels.names, looks, {"test": test, "all_test": torch.arange(TEST)}, data_dir),
     )
+
+
+def _looks(
+    names: tuple[str, ...], show: Mapping[str, Show], numbers: Mapping[str, Tensor], data_dir: Path | None
+) -> Looks:
+    """A test item's number is its row in the published list."""
+    path = locate(TEST_LIST, data_dir)
+    entries = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        text, image, category = line.split("\t")
+        entries.append(Entry(path.parent, text, image, names[int(category) - 1]))
+
+    def of(shown: Show) -> Callable[[int], Look]:
+        return lambda number: shown(entries[number])
+
+    return Looks({modality: of(shown) for modality, shown in show.items()}, numbers)
 
 
 def read_labels(data_dir: Path | None) -> Labels:

@@ -17,7 +17,7 @@ from torch import Tensor
 from fedxmr.data import wikipedia
 from fedxmr.data.dataset import Dataset, Scaling
 from fedxmr.data.files import RemoteFile, github
-from fedxmr.data.wikipedia import Labels
+from fedxmr.data.wikipedia import Labels, Show, show_image, show_text
 
 TOPICS = 100
 
@@ -36,6 +36,7 @@ SPANISH = _topics("Spanish", "a2e8092afbd68c74ba9ddaaaf031e09f3a100ddee75bba0309
 class _Modality(NamedTuple):
     read: Callable[[Labels, Path | None], Tensor]  # [2866, d]
     scaling: Scaling
+    look: Show
     notes: tuple[str, ...] = ()
 
 
@@ -43,13 +44,13 @@ def _topics_of(file: RemoteFile, prefix: str) -> _Modality:
     def read(_: Labels, data_dir: Path | None) -> Tensor:
         return wikipedia.both_parts(file, f"{prefix}_arr_tr", f"{prefix}_arr_te", TOPICS, data_dir)
 
-    return _Modality(read, "standardise")
+    return _Modality(read, "standardise", show_text)
 
 
 MODALITIES: Mapping[str, _Modality] = {
-    "cnn": _Modality(wikipedia.read_cnn, "standardise", (wikipedia.CNN_NOTE,)),
-    "sift": _Modality(lambda _, data_dir: wikipedia.read_sift_lda(data_dir)[0], "standardise"),
-    "tfidf": _Modality(lambda _, data_dir: wikipedia.read_tfidf(data_dir), "norm"),
+    "cnn": _Modality(wikipedia.read_cnn, "standardise", show_image, (wikipedia.CNN_NOTE,)),
+    "sift": _Modality(lambda _, data_dir: wikipedia.read_sift_lda(data_dir)[0], "standardise", show_image),
+    "tfidf": _Modality(lambda _, data_dir: wikipedia.read_tfidf(data_dir), "norm", show_text),
     "english": _topics_of(ENGLISH, "en"),
     "german": _topics_of(GERMAN, "de"),
     "spanish": _topics_of(SPANISH, "es"),
@@ -86,4 +87,6 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
     scaling = {name: modality.scaling for name, modality in chosen.items()}
     notes = tuple(note for modality in chosen.values() for note in modality.notes)
     views = "wikipedia-multi: several modalities are features of one image, and several of one article"
-    return wikipedia.divide(labels, features, scaling, options.split_seed, (views, *notes), "wikipedia-multi")
+    looks = {name: modality.look for name, modality in chosen.items()}
+    notes = (views, *notes)
+    return wikipedia.divide(labels, features, scaling, looks, options.split_seed, data_dir, notes, "wikipedia-multi")
