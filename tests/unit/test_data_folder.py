@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import textwrap
 from collections.abc import Callable
@@ -12,9 +14,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from fedxmr.data import folder as folder_module
 from fedxmr.data import load_dataset
+from fedxmr.data.looks import thumbnail
 from fedxmr.errors import InputError
 
 N = 12
@@ -251,3 +255,87 @@ def test_no_damaged_byte_raises_anything_but_an_input_error(folder: Path, at: in
         assert "\n" not in str(error)
     finally:
         (folder / name).write_bytes(sound)
+
+
+def picture(path: Path, colour: str = "red", size: tuple[int, int] = (400, 100)) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+def shows(folder: Path, modality: str, *lines: str) -> None:
+    (folder / "shown").mkdir(exist_ok=True)
+    (folder / "shown" / f"{modality}.txt").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+
+def opened(address: str) -> Image.Image:
+    head, _, content = address.partition(",")
+    assert head in ("data:image/webp;base64", "data:image/png;base64")
+    return Image.open(io.BytesIO(base64.b64decode(content)))
+
+
+def test_what_is_shown_of_an_item_is_what_its_line_says(folder: Path):
+    lacking = [1, 7, 10]
+    rows = np.array([i for i in range(N) if i not in lacking])
+    np.save(folder / "features" / "text.npy", np.ones((len(rows), 3)))
+    np.save(folder / "rows" / "text.npy", rows)
+    save_split(folder, test=[11, 9, 10])
+    shows(folder, "text", *(f"text of item {i}" if i != 9 else "" for i in rows))
+    shows(folder, "image", *(f"pictures/{i}.PNG" for i in range(N)))
+    for i, colour in ((9, "red"), (10, "lime"), (11, "blue")):  # those of training items are not looked for
+        picture(folder / "pictures" / f"{i}.PNG", colour)
+    looks = load_dataset(str(folder)).looks()
+    assert [looks.number("test", i) for i in range(3)] == [11, 9, 10]
+    assert [looks.show("test", i, "text").text for i in (0, 1)] == ["text of item 11", ""]
+    image = opened(looks.show("test", 0, "image").image)
+    assert image.size == (160, 40)
+    red, green, blue = image.convert("RGB").getpixel((80, 20))
+    assert blue > 240 > 15 > max(red, green)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("gone.png", "line 12: expected an image file in {folder}, got 'gone.png', which is not there"),
+        ("../outside.png", "got '../outside.png', which is outside"),
+        ("link.png", "got 'link.png', which is outside"),
+        ("{folder}/../outside.png", "which is outside"),
+        ("text.gif", "text.gif: expected a readable GIF image"),
+        ("renamed.jpg", "renamed.jpg: expected a readable JPEG image"),
+        ("a\0b.png", "line 12: expected an image file"),
+        (f"{'long ' * 100}.png", "line 12: expected an image file"),
+        ("one\nmore", "image.txt: expected 12 lines, one per row of the features, got 13"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line_once_it_is_asked_for(folder: Path, line: str, says: str):
+    outside = picture(folder.parent / "outside.png")
+    (folder / "link.png").symlink_to(outside)
+    (folder / "text.gif").write_text("GIF89a, but only by its first letters")
+    picture(folder / "x.png").rename(folder / "renamed.jpg")
+    shows(folder, "image", *[""] * (N - 1), line.replace("{folder}", str(folder)))
+    dataset = load_dataset(str(folder))
+    with pytest.raises(InputError) as caught:
+        dataset.looks()
+    assert says.replace("{folder}", str(folder)) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_image_that_is_damaged_further_on_is_one_line(folder: Path):
+    whole = picture(folder / "x.png", size=(300, 300)).read_bytes()
+    (folder / "x.png").write_bytes(whole[:-60])
+    shows(folder, "image", *["x.png"] * N)
+    looks = load_dataset(str(folder)).looks()
+    with pytest.raises(InputError, match=r"x\.png: expected a readable PNG image, got [^\n]*$"):
+        looks.show("test", 0, "image")
+
+
+def test_shown_is_for_modalities_that_are_there(folder: Path):
+    shows(folder, "imgae", *[""] * N)
+    with pytest.raises(InputError, match="unknown modality in shown/ 'imgae'; did you mean 'image'"):
+        load_dataset(str(folder)).looks()
+
+
+def test_an_image_of_any_kind_can_be_shown(folder: Path):
+    for suffix, mode in ((".png", "RGBA"), (".jpg", "L"), (".jpeg", "CMYK"), (".gif", "P"), (".webp", "RGB")):
+        Image.new(mode, (10, 10)).save(folder / f"x{suffix}")
+        assert opened(thumbnail(folder / f"x{suffix}")).size == (10, 10)
