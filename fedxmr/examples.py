@@ -86,7 +86,7 @@ def write(
             page(
                 found,
                 maps=maps,
-                run=out.name,
+                run=out.resolve().name,
                 method=f"{config.method} + {config.learner.name}",
                 dataset=data.name,
                 client=model.client,

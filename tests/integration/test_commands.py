@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,14 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import fedxmr
 from fedxmr import commands
 from fedxmr.centralized import centralized
+from fedxmr.config import read_yaml, resolve
 from fedxmr.errors import InputError
 from fedxmr.setting import check
 from fedxmr.simulate import simulate
 from fedxmr.sources import dataset
 from fedxmr.types import Items
-from tests.federations import SMALL, configured
+from tests.federations import SMALL, configured, same_bytes
 
 RESUME = "python -m fedxmr.simulate --resume"
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +234,60 @@ def test_centralized_refuses_to_be_a_federation(empty, capsys):
         assert commands.run(centralized, [*SMALL, extra]) == commands.BAD_INPUT
         assert "expected one client that shares nothing" in capsys.readouterr().err
     assert not (empty / "runs").exists()
+
+
+def test_a_page_of_examples_is_written_only_when_asked(empty):
+    mine = folder(empty / "mine")
+    (mine / "shown").mkdir()
+    (mine / "shown" / "text.txt").write_text("".join(f"words of {i}\n" for i in range(30)))
+    small = [a for a in SMALL if not a.startswith("dataset")]
+    arguments = ["--dataset", "mine/", "--no-pictures", "--evaluate-on", "all-test", *small, "federation.rounds=1"]
+    assert commands.run(simulate, [*arguments, "--out", "plain"]) == commands.OK
+    assert not (empty / "plain" / "pictures").exists()
+    for name in ("one", "other"):
+        assert commands.run(simulate, [*arguments, "--out", f"{name}/run", "--examples", "3"]) == commands.OK
+    pages = [(empty / name / "run" / "pictures" / "examples.html").read_bytes() for name in ("one", "other")]
+    assert pages[0] == pages[1]
+    read = pages[0].decode()
+    assert read.count("<section") == 2 * 5  # both directions, all five test items
+    assert read.count("<li>") == 2 * 5 * 3
+    assert "The model of client 0 as selected" in read
+    assert "words of 27" in read
+    assert same_bytes(empty / "plain", empty / "one" / "run")
+
+
+def test_what_cannot_be_shown_is_refused_before_the_run_and_matters_to_no_other(empty, capsys):
+    mine = folder(empty / "mine")
+    (mine / "shown").mkdir()
+    (mine / "shown" / "text.txt").write_text("too few\n")
+    small = [a for a in SMALL if not a.startswith("dataset")]
+    arguments = ["--dataset", "mine/", "--no-pictures", *small, "federation.rounds=1"]
+    assert commands.run(simulate, [*arguments, "--examples", "3"]) == commands.BAD_INPUT
+    assert "text.txt: expected 30 lines, one per row of the features, got 1" in capsys.readouterr().err
+    assert not (empty / "runs").exists()
+    assert commands.run(simulate, arguments) == commands.OK
+
+
+def test_the_examples_of_drsl_are_ranked_by_its_own_network(empty):
+    three = [a.replace("{image: 6, text: 4}", "{audio: 3, image: 6, text: 4}") for a in SMALL]
+    drsl = [a for a in three if not a.startswith("learner")]
+    arguments = ["--learner", "drsl", "learner.hidden=[8]", *drsl, "--no-pictures", "--examples", "1", "--out", "run"]
+    assert commands.run(simulate, [*arguments, "dataset.classes=6", "dataset.labels_per_item=2"]) == commands.OK
+    read = (empty / "run" / "pictures" / "examples.html").read_text()
+    config = resolve(read_yaml(empty / "run" / "config.yaml"))
+    model, test = fedxmr.load(empty / "run", 0), dataset(config).test
+    query, gallery = (model.encode(m, test.features[m]) for m in ("image", "text"))
+    best = model.similarity(query, gallery, ("image", "text")).argmax(1)
+    section = read.split("<h2>image-&gt;text</h2>")[1].split("<h2>")[0]
+    numbers = [int(number) for number in re.findall(r"item (\d+)</p>", section)]
+    assert len(numbers) == 2 * 18  # three of six classes
+    assert numbers[1::2] == best[numbers[::2]].tolist()
+
+
+def test_a_zero_shot_run_has_examples_of_seen_classes(empty):
+    arguments = [*SMALL, "--task", "zero-shot", "--no-pictures", "--examples", "1", "--out", "run"]
+    assert commands.run(simulate, arguments) == commands.OK
+    assert "<section" in (empty / "run" / "pictures" / "examples.html").read_text()
 
 
 def test_overwriting_needs_a_whole_run_folder_to_replace(empty, capsys):

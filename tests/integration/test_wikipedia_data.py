@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import loadmat
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from fedxmr.data import Dataset, load_dataset, wikipedia
+from fedxmr.data.looks import Look
 from fedxmr.errors import InputError
 from fedxmr.types import Items
 
@@ -162,3 +164,28 @@ def test_a_mat_file_with_other_contents_is_refused(
     monkeypatch.setattr(wikipedia, "read_mat", lambda *file: {**read(*file), name: value})
     with pytest.raises(InputError, match=r"raw_features\.mat: " + expected):
         load_dataset("wikipedia", {"features": "sift-lda"}, benchmark_data)
+
+
+def test_images_and_texts_beside_the_lists_are_shown(benchmark_data: Path, tmp_path: Path):
+    own = tmp_path / "wikipedia"
+    own.mkdir()
+    for file in (benchmark_data / "wikipedia").iterdir():
+        (own / file.name).symlink_to(file)
+    data = load_dataset("wikipedia", {"features": "sift-lda"}, tmp_path)
+    lines = [line.split("\t") for line in (own / "testset_txt_img_cat.list").read_text().splitlines()]
+    item = 5
+    row = next(i for i, x in enumerate(data.all_test.features["image"]) if x.equal(data.test.features["image"][item]))
+    text, image, category = lines[row]
+    assert data.classes[int(category) - 1] == data.classes[int(data.test.labels[item].int().argmax())]
+    looks = data.looks()
+    assert looks.number("test", item) == row
+    assert looks.show("test", item, "image") == looks.show("all_test", row, "image") == Look(f"image {image}")
+    assert looks.show("test", item, "text") == Look(f"text {text}")
+    picture = own / "images" / data.classes[int(category) - 1] / f"{image}.jpg"
+    words = own / "texts" / f"{text}.xml"
+    for path in (picture, words):
+        path.parent.mkdir(parents=True)
+    Image.new("RGB", (30, 20), "red").save(picture)
+    words.write_text("<?xml version='1.0'?>\n<document>\n<text>\nFish &amp; chips\nare </text></document>")
+    assert looks.show("test", item, "image").image.startswith("data:image/webp;base64,")
+    assert looks.show("test", item, "text").text.split() == ["text", f"{text}:", "Fish", "&", "chips", "are"]

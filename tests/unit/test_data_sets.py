@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from fedxmr.data.synthetic import Options as SyntheticOptions
 from fedxmr.errors import InputError
 from fedxmr.seeding import generator
 from fedxmr.types import Items
+from fedxmr.zero_shot import seen_only, with_unseen_classes
 from tests.conftest import NEEDED
 
 
@@ -37,6 +42,12 @@ def item_bytes(items: Items) -> list[bytes]:
     return [row.tobytes() for row in together]
 
 
+def ink(address: str, times: int, highest: int) -> Tensor:
+    """[h, w] the pixels behind what is shown enlarged, dark on light."""
+    image = Image.open(io.BytesIO(base64.b64decode(address.removeprefix("data:image/png;base64,"))))
+    return ((255 - torch.tensor(np.array(image))[::times, ::times].double()) * highest / 255).round()
+
+
 def test_every_data_set_fits_its_own_description(dataset: Dataset):
     assert dataset.name in DATASETS
     assert len(dataset.classes) == dataset.spec.num_classes
@@ -49,6 +60,16 @@ def test_every_data_set_fits_its_own_description(dataset: Dataset):
         assert all(x.dtype == torch.float32 and x.isfinite().all() for x in part.features.values())
     assert dataset.train.labels.any(0).all()
     assert dataset.notes
+
+
+def test_what_a_data_set_can_show_it_shows_of_every_test_item(dataset: Dataset):
+    looks = dataset.looks()
+    assert set(looks.of) <= set(dataset.spec.dims)
+    for part, items in (("test", dataset.test), ("all_test", dataset.all_test)):
+        for item in (0, len(items) - 1):
+            for modality in dataset.spec.dims:
+                look = looks.show(part, item, modality)
+                assert bool(look.text or look.image) == (modality in looks.of)
 
 
 def test_every_data_sets_parts_are_disjoint(dataset: Dataset):
@@ -286,3 +307,20 @@ def test_a_data_set_of_features_keeps_them_in_a_zero_shot_task():
 def test_seen_classes_that_do_not_fit_are_refused(seen: Tensor, expected: str):
     with pytest.raises(ValueError, match=expected):
         drop_unseen_columns(similarities(), seen)
+
+
+def test_the_halves_of_a_digit_are_shown_as_they_are():
+    data = load_dataset("digits")
+    looks, images = data.looks(), torch.tensor(load_digits().images)
+    for item in (0, 7):
+        halves = [ink(looks.show("test", item, m).image, 10, 16) for m in ("left", "right")]
+        assert (images == torch.cat(halves, 1)).all(2).all(1).any()
+
+
+def test_items_of_seen_classes_alone_are_shown_as_themselves():
+    data = load_dataset("digits")
+    seen = seen_only(with_unseen_classes(data, 0))
+    assert len(seen.test) < len(data.test)
+    for item in (0, len(seen.test) - 1):
+        shown = ink(seen.looks().show("test", item, "left").image, 10, 16)
+        assert torch.equal(shown.flatten().float(), seen.test.features["left"][item])
