@@ -111,7 +111,7 @@ def test_a_full_disk_or_no_memory_ends_a_run_in_one_line_and_costs_nothing(outco
     assert seen["same"]
     assert seen["steps"] == [1, 2, 3, 4, 5, 6]
     assert seen["hidden"] == []
-    assert len(seen["pictures"]) == (2 if "picture" in name else 0)
+    assert len(seen["pictures"]) == (3 if "picture" in name else 0)
 
 
 def test_every_scenario_is_looked_at():

@@ -36,8 +36,8 @@ def interrupted(self, task):
 
 Client._train = interrupted
 assert commands.run(simulate, [*base, "--out", out]) == commands.INTERRUPTED
-assert commands.run(simulate, ["--resume", out]) == commands.OK  # with its pictures
-assert len(list(Path(out).glob("pictures/*.png"))) == 2
+assert commands.run(simulate, ["--resume", out, "--examples", "2"]) == commands.OK
+assert len(list(Path(out).glob("pictures/*"))) == 4
 
 import fedxmr
 
@@ -56,7 +56,7 @@ def arguments(code: str, *given: str) -> str:
 
 
 def test_a_whole_run_unpickles_nothing_and_sends_nothing(tmp_path):
-    """With checkpoints, an interruption, a resume, the report, pictures, states in files, own data and `load`."""
+    """With checkpoints, an interruption, a resume, the report, pictures, examples, states in files, own data and `load`."""
     data = tmp_path / "mine"
     (data / "features").mkdir(parents=True)
     for modality in ("image", "text"):
