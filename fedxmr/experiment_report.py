@@ -95,7 +95,7 @@ def notes(plan: Plan, results: Results) -> list[str]:
     commits = sorted({_short(run.environment["commit"]) for runs in results.runs.values() for run in runs})
     found = [
         "Test mAP@all at the round chosen on validation, mean over clients; "
-        + (f"mean ± standard deviation over {plan.seeds} seeds." if plan.seeds > 1 else "one seed, which is no result.")
+        + (f"mean ± standard deviation over {plan.seeds} seeds." if plan.seeds > 1 else "one seed, so nothing is known of their spread.")
         + f" Commit {', '.join(commits)}."
     ]
     if results.tried:
