@@ -93,10 +93,9 @@ def tables(plan: Plan, results: Results, compared: Sequence[Compared]) -> list[T
 def notes(plan: Plan, results: Results) -> list[str]:
     """What must be known to read the tables, a sentence or an item of a list each."""
     commits = sorted({_short(run.environment["commit"]) for runs in results.runs.values() for run in runs})
+    spread_of = f"mean ± standard deviation over {plan.seeds} seeds" if plan.seeds > 1 else "of one seed alone"
     found = [
-        "Test mAP@all at the round chosen on validation, mean over clients; "
-        + (f"mean ± standard deviation over {plan.seeds} seeds." if plan.seeds > 1 else "one seed, so nothing is known of their spread.")
-        + f" Commit {', '.join(commits)}."
+        f"Test mAP@all at the round chosen on validation, mean over clients; {spread_of}. Commit {', '.join(commits)}."
     ]
     if results.tried:
         trials = len(next(iter(results.tried.values())))
