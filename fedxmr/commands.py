@@ -79,9 +79,7 @@ DatasetName = Annotated[
         "with your files in --data-dir pascal-vgg, wikipedia-vgg, nus-wide-10k, mirflickr, coco, xmedia, xmedianet, cub"
     ),
 ]
-Task = Annotated[
-    TaskName | None, option("zero-shot: half of the classes are unseen in training; generalised adds its scores")
-]
+Task = Annotated[TaskName | None, option("zero-shot: some classes are unseen in training; generalised adds its scores")]
 Features = Annotated[str | None, option("which features of the data set, such as sift-lda")]
 DataDir = Annotated[Path | None, option("where to look for data files first")]
 LearnerName = Annotated[str | None, option("dscmr (default), dlsl, drsl, jfse, mccn, or package.module:Class")]

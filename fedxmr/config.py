@@ -104,11 +104,23 @@ class DatasetConfig(_Named):
         description="modality -> standardise, isotropic, norm or none, in place of what data set and learner recommend",
     )
     task: Literal["standard", "zero-shot", "generalised-zero-shot"] = Field(
-        "standard", description="zero-shot: half of the classes are unseen in training; generalised adds its own scores"
+        "standard", description="zero-shot: some classes are unseen in training; generalised adds its own scores"
+    )
+    seen_share: float | None = Field(
+        None, gt=0, lt=1, description="zero-shot tasks: the share of the classes that are seen; null: half"
     )
     class_seed: int | None = Field(
         None, description="zero-shot tasks: which classes are unseen is drawn from it; null: from the run's seed"
     )
+    class_vector_width: int | None = Field(
+        None, ge=2, description="class vectors reduced to so many dimensions by PCA; null: as they are"
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.seen_share is not None and self.task == "standard":
+            raise ValueError("seen_share: expected a zero-shot task, got task standard")
+        return self
 
     @classmethod
     def _options(cls, name: str) -> type[BaseModel]:

@@ -12,6 +12,7 @@ from typing import get_args
 
 from fedxmr.config import Config
 from fedxmr.data import Dataset, Scaling, load_dataset
+from fedxmr.data.class_vectors import with_narrow_class_vectors
 from fedxmr.errors import InputError, unknown
 from fedxmr.learners import learner_class
 from fedxmr.partition import Part, PartitionConfig, partition
@@ -50,10 +51,13 @@ def _dataset(key: str, class_seed: int | None) -> Dataset:
 def _whole(key: str, class_seed: int | None) -> Dataset:
     options = json.loads(key)
     name, data_dir = options.pop("name"), options.pop("data_dir")
+    seen_share, width = options.pop("seen_share"), options.pop("class_vector_width")
     for of_the_run in ("scaling", "task", "class_seed"):
         options.pop(of_the_run)
     data = load_dataset(name, options, data_dir)
-    return data if class_seed is None else with_unseen_classes(data, class_seed)
+    if width is not None:
+        data = with_narrow_class_vectors(data, width)
+    return data if class_seed is None else with_unseen_classes(data, class_seed, seen_share)
 
 
 def parts(config: Config) -> Sequence[Part]:

@@ -1,7 +1,8 @@
 """Zero-shot and generalised zero-shot retrieval: class splits, what is trained on, and what is query and gallery.
 
 The protocol of JFSE (Xu et al., TPAMI 2022, section 4.1), after Chi and Peng (IJCAI 2018; IEEE TCSVT 2020). Half of the
-classes are seen. With the training and the test items of a data set that makes four subsets of items:
+classes are seen, or another share of them (figure 9b). With the training and the test items of a data set that makes
+four subsets of items:
 
     SS, US   the source (training) items of seen and of unseen classes
     ST, UT   the target (test) items of seen and of unseen classes
@@ -26,6 +27,7 @@ is in no subset, for in training it would show an unseen class. Nor is an item o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations
@@ -88,14 +90,15 @@ class Protocol:
     tasks: Mapping[Task, Ranked]
 
 
-def class_split(num_classes: int, rng: Generator) -> Tensor:
-    """[C] bool, which classes are seen: a random half of them, of an odd number one more than are not.
+def class_split(num_classes: int, rng: Generator, share: float | None = None) -> Tensor:
+    """[C] bool, which classes are seen: a random share of them, None: half, rounded to the nearest number, a half up.
 
-    Raises InputError where no class would be unseen.
+    A larger share sees the same classes and more. Raises InputError where no class would be seen, or none unseen.
     """
-    seen = (num_classes + 1) // 2
-    if seen == num_classes:
-        raise InputError(f"zero-shot: expected seen and unseen classes, got {seen} seen of {num_classes}")
+    seen = math.floor(num_classes * (0.5 if share is None else share) + 0.5)
+    if not 0 < seen < num_classes:
+        of = "" if share is None else f", by dataset.seen_share={share}"
+        raise InputError(f"zero-shot: expected seen and unseen classes, got {seen} seen of {num_classes}{of}")
     drawn = torch.randperm(num_classes, generator=rng)[:seen]
     return torch.zeros(num_classes, dtype=torch.bool).index_fill_(0, drawn, True)
 
@@ -129,9 +132,9 @@ def task_items(task: Task, of: Subsets, test_labels: Tensor, rng: Generator) -> 
             return Ranked(queries, of.us, of.st[ranked])
 
 
-def with_unseen_classes(data: Dataset, seed: int) -> Dataset:
+def with_unseen_classes(data: Dataset, seed: int, seen_share: float | None = None) -> Dataset:
     """The data set with its classes split by a seed, and without the columns that compare with unseen items."""
-    seen = class_split(data.spec.num_classes, generator(seed, "classes"))
+    seen = class_split(data.spec.num_classes, generator(seed, "classes"), seen_share)
     data = drop_unseen_columns(data, seen)
     dropped = "; the columns of unseen items are left out" if data.column_class else ""
     note = f"{data.name}: {int((~seen).sum())} of {len(seen)} classes are unseen, by seed {seed}{dropped}"

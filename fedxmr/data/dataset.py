@@ -32,6 +32,7 @@ class Dataset:
     notes: what every report on this data set should say.
     looks: gives what can be shown of the test items, read only when it is asked for. Raises InputError for bad files.
     column_class: modality -> [d] int64, where features are similarities to other items: the class of each column's.
+    named_vectors: [v, k], where class vectors come from a file of more names: the vectors of all names in it.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Dataset:
     notes: tuple[str, ...] = ()
     looks: Callable[[], Looks] = Looks
     column_class: Mapping[str, Tensor] = field(default_factory=dict)
+    named_vectors: Tensor | None = None
 
     @property
     def sha256(self) -> str:

@@ -76,13 +76,14 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
          (("image", "SX"), ("text", "SY"))} for part, rows in (("tr", TRAIN), ("te", TEST))
     )  # fmt: skip
     classes, test_classes = _classes(data_dir)
+    vectors = _vectors(options.class_vectors, data_dir)
     items = Items.paired(trained, multi_hot(classes, len(CLASSES)))
     test = Items.paired(tested, multi_hot(test_classes, len(CLASSES)))
     sizes = (VALIDATION_PER_CLASS * len(CLASSES), (TRAIN_PER_CLASS - VALIDATION_PER_CLASS) * len(CLASSES))
     validation, train = stratified(classes, sizes, generator(options.split_seed, "pascal validation"))
     return Dataset(
         name="pascal",
-        spec=DataSpec({"image": TRAIN, "text": TRAIN}, len(CLASSES), _vectors(options.class_vectors, data_dir)),
+        spec=DataSpec({"image": TRAIN, "text": TRAIN}, len(CLASSES), vectors[torch.tensor(COCO_ROWS)]),
         classes=CLASSES,
         train=items.select(train),
         validation=items.select(validation),
@@ -98,6 +99,7 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:
             f"{options.split_seed}; the usual 800/100/100 division is not published with these features",
         ),
         column_class={"image": classes, "text": classes},
+        named_vectors=vectors,
     )
 
 
@@ -119,6 +121,6 @@ def _classes(data_dir: Path | None) -> tuple[Tensor, Tensor]:
 
 
 def _vectors(name: str, data_dir: Path | None) -> Tensor:
-    """[20, 300] the class vectors."""
+    """[80, 300] the vectors of MS-COCO's names, of which COCO_ROWS are the classes'."""
     path = locate(VECTORS[name], data_dir)
-    return matrix(path, read_mat(path, VECTORS[name].sha256), "inp", (80, 300))[torch.tensor(COCO_ROWS)]
+    return matrix(path, read_mat(path, VECTORS[name].sha256), "inp", (80, 300))

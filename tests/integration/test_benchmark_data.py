@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fedxmr.data import Dataset, iaprtc12, load_dataset, mfeat, pascal
+from fedxmr.data.class_vectors import with_narrow_class_vectors
 from fedxmr.data.dataset import drop_unseen_columns
 from fedxmr.data.files import RemoteFile
 from fedxmr.errors import InputError
@@ -195,6 +196,17 @@ def test_pascal_class_vectors_are_those_of_the_class_names(name: str, file: str,
     nearest = (normalize(vectors) @ normalize(vectors).T - 2 * torch.eye(20)).argmax(1).tolist()
     close = {frozenset((pascal.CLASSES[i], pascal.CLASSES[j])) for i, j in enumerate(nearest)}
     assert {frozenset(("cat", "dog")), frozenset(("bicycle", "motorbike"))} <= close
+
+
+def test_pascal_class_vectors_are_reduced_along_axes_of_all_eighty_names(pascal_folder: Path):
+    whole = load_dataset("pascal", data_dir=pascal_folder)
+    named = loadmat(pascal_folder / "class_embeddings" / "MS-COCO-inp-googlenews.mat")["inp"].astype(np.float64)
+    assert whole.named_vectors is not None
+    assert np.array_equal(whole.named_vectors.numpy(), named.astype(np.float32))
+    for width in (10, 20, 50, 79):  # of figure 9a's, those that can be had, and the most
+        assert with_narrow_class_vectors(whole, width).spec.class_vectors.shape == (20, width)
+    with pytest.raises(InputError, match="expected at most 79, the dimensions that the 80 vectors of pascal span"):
+        with_narrow_class_vectors(whole, 100)
 
 
 # mfeat

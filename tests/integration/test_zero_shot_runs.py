@@ -163,6 +163,17 @@ def test_a_zero_shot_run_can_be_repeated_and_its_split_chosen(tmp_path):
     assert tuple(protocols(tmp_path / "a")["unseen_classes"]) not in splits
 
 
+def test_a_run_sees_the_share_of_classes_and_the_width_of_their_vectors_that_were_asked_for(loader):
+    loader(with_class_vectors)
+    config = configured("dataset.seen_share=0.67", "dataset.class_vector_width=3", base=JFSE)
+    data, narrow = sources.dataset(config), sources.dataset(config).spec.class_vectors
+    assert (int(data.spec.seen.sum()), data.spec.dims["image"]) == (4, 4)  # and the columns of as many
+    assert set(data.train.labels.long().argmax(1).tolist()) == set(data.spec.seen.nonzero().flatten().tolist())
+    assert narrow.shape == (6, 3)
+    unseen = sources.zero_shot(config).tasks["unseen"]
+    assert bool((data.spec.seen & sources.zero_shot(config).test.labels[unseen.queries]).any()) is False
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_the_engine_does_not_show(tmp_path):
     federate(tmp_path / "local", base=DSCMR)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
 
+from fedxmr.config import resolve
 from fedxmr.data.dataset import Dataset
 from fedxmr.errors import InputError
 from fedxmr.learners.jfse import JFSE, JFSEConfig
@@ -49,6 +51,27 @@ def test_splits_are_drawn_from_the_seed():
     assert len({tuple(s.tolist()) for s in splits}) > 15
     assert torch.stack(splits).any(0).all()  # no class is always unseen
     assert not torch.stack(splits).all(0).any()
+
+
+def test_another_share_of_the_classes_may_be_seen():
+    splits = [class_split(10, generator(0, "classes"), share) for share in (0.2, 0.4, 0.5, 0.6, 0.8)]  # figure 9b
+    assert [int(split.sum()) for split in splits] == [2, 4, 5, 6, 8]
+    for fewer, more in pairwise(splits):
+        assert bool((more | ~fewer).all())  # those seen of fewer are among those of more
+    assert torch.equal(splits[2], class_split(10, generator(0, "classes")))
+
+
+@pytest.mark.parametrize(("share", "seen"), [(0.04, 0), (0.96, 10)])
+def test_a_share_that_leaves_a_side_without_classes_is_refused(share, seen):
+    says = f"expected seen and unseen classes, got {seen} seen of 10, by dataset.seen_share={share}"
+    with pytest.raises(InputError, match=says):
+        class_split(10, generator(0, "classes"), share)
+
+
+def test_a_share_of_seen_classes_is_of_zero_shot_tasks_alone():
+    assert resolve({"dataset": {"task": "zero-shot", "seen_share": 0.2}}).dataset.seen_share == 0.2
+    with pytest.raises(InputError, match="seen_share: expected a zero-shot task, got task standard"):
+        resolve({"dataset": {"seen_share": 0.5}})
 
 
 @pytest.mark.parametrize("classes", [0, 1])
