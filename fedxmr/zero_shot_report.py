@@ -105,7 +105,8 @@ def scores(found: Mapping[str, Any]) -> dict[str, float]:
 def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
     """The rows of an experiment's table, head first. runs: method -> `zero_shot` of its runs, one per class split.
 
-    Mean and standard deviation over the runs; below, the floors under the splits of the first method.
+    Mean and standard deviation over the runs; below, the floors. Where methods had other splits than the first, each
+    different set of splits has its own floors, under the name of the first method that had it.
     """
     first = next(iter(runs.values()))
     columns = list(_flat(first[0]["selected"]["mean"]))
@@ -114,9 +115,14 @@ def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[li
     for method, found in runs.items():
         of_each = [scores(f) for f in found]
         rows.append([method, *(spread([s[c] for s in of_each]) for c in (*columns, *last))])
-    for name in first[0]["floors"]:
-        of_each = [_flat(f["floors"][name]) for f in first]
-        rows.append([f"*{name}*", *(spread([s[c] for s in of_each]) for c in columns), *("" for _ in last)])
+    by_splits: dict[tuple[tuple[str, ...], ...], str] = {}
+    for method, found in runs.items():
+        by_splits.setdefault(tuple(tuple(f["unseen_classes"]) for f in found), method)
+    for method in by_splits.values():
+        label = f" ({method})" if len(by_splits) > 1 else ""
+        for name in runs[method][0]["floors"]:
+            of_each = [_flat(f["floors"][name]) for f in runs[method]]
+            rows.append([f"*{name}*{label}", *(spread([s[c] for s in of_each]) for c in columns), *("" for _ in last)])
     return rows
 
 

@@ -56,7 +56,7 @@ def arguments(code: str, *given: str) -> str:
 
 
 def test_a_whole_run_unpickles_nothing_and_sends_nothing(tmp_path):
-    """With checkpoints, an interruption, a resume, the report, pictures, examples, states in files, own data and `load`."""
+    """With checkpoints, an interruption, a resume, report, pictures, examples, states in files, own data and `load`."""
     data = tmp_path / "mine"
     (data / "features").mkdir(parents=True)
     for modality in ("image", "text"):
