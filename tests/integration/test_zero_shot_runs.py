@@ -204,9 +204,10 @@ def test_an_experiment_shows_each_task_over_splits_beside_the_floors(tmp_path, m
     assert commands.run(reproduce, ["small.yaml", "--out", "out", "--workers", "2"]) == commands.OK
     text = (tmp_path / "out" / "results.md").read_text()
     assert "2 different splits of the classes; 5 or more would make it a result." in text
+    shown = text[text.index("protocols") : text.index("Differences")]
     table = {
         cells[1].strip(): [cell.strip() for cell in cells[2:-1]]
-        for cells in (line.split("|") for line in text[text.index("protocols") :].splitlines() if line.startswith("|"))
+        for cells in (line.split("|") for line in shown.splitlines() if line.startswith("|"))
     }
     unseen = table[""].index("unseen average")
     for method in ("fedcmr", "fedavg"):
@@ -216,7 +217,7 @@ def test_an_experiment_shows_each_task_over_splits_beside_the_floors(tmp_path, m
         assert table[method][-1] == spread([run["last"]["mean"]["unseen"]["average"] for run in runs])
     assert table["*chance*"][unseen] == spread([run["floors"]["chance"]["unseen"]["average"] for run in runs])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["runs"]["fedavg"][1]["unseen average"] == runs[1]["selected"]["mean"]["unseen"]["average"]
+    assert results["runs"]["fedavg"]["seeds"][1]["unseen average"] == runs[1]["selected"]["mean"]["unseen"]["average"]
 
 
 @pytest.mark.parametrize("command", [simulate, centralized])
