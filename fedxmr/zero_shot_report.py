@@ -105,8 +105,8 @@ def scores(found: Mapping[str, Any]) -> dict[str, float]:
 def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
     """The rows of an experiment's table, head first. runs: method -> `zero_shot` of its runs, one per class split.
 
-    Mean and standard deviation over the runs; below, the floors. Where methods had other splits than the first, each
-    different set of splits has its own floors, under the name of the first method that had it.
+    Mean and standard deviation over the runs. Below, the floors, each once; where methods differ in one, as in a sweep
+    over the share of seen classes, with the first method that has it.
     """
     first = next(iter(runs.values()))
     columns = list(_flat(first[0]["selected"]["mean"]))
@@ -115,22 +115,22 @@ def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[li
     for method, found in runs.items():
         of_each = [scores(f) for f in found]
         rows.append([method, *(spread([s[c] for s in of_each]) for c in (*columns, *last))])
-    by_splits: dict[tuple[tuple[str, ...], ...], str] = {}
-    for method, found in runs.items():
-        by_splits.setdefault(tuple(tuple(f["unseen_classes"]) for f in found), method)
-    for method in by_splits.values():
-        label = f" ({method})" if len(by_splits) > 1 else ""
-        for name in runs[method][0]["floors"]:
-            of_each = [_flat(f["floors"][name]) for f in runs[method]]
-            rows.append([f"*{name}*{label}", *(spread([s[c] for s in of_each]) for c in columns), *("" for _ in last)])
+    for name in first[0]["floors"]:
+        levels: dict[tuple[str, ...], str] = {}
+        for method, found in runs.items():
+            of_each = [_flat(f["floors"][name]) for f in found if name in f["floors"]]
+            if of_each:
+                levels.setdefault(tuple(spread([s[c] for s in of_each]) for c in columns), method)
+        for cells, method in levels.items():
+            rows.append([f"*{name}*" if len(levels) == 1 else f"*{name} at {method}*", *cells, *("" for _ in last)])
     return rows
 
 
 def splits_note(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What to know of the splits behind an experiment's table."""
-    splits = {tuple(found["unseen_classes"]) for of_method in runs.values() for found in of_method}
-    few = "" if len(splits) >= MIN_SPLITS else f"; {MIN_SPLITS} or more would make it a result"
-    return f"{len(splits)} different splits of the classes{few}."
+    """What to know of the splits behind an experiment's table, of the method that has the fewest."""
+    splits = min(len({tuple(found["unseen_classes"]) for found in of_method}) for of_method in runs.values())
+    few = "" if splits >= MIN_SPLITS else f"; {MIN_SPLITS} or more would make it a result"
+    return f"{splits} different splits of the classes{few}."
 
 
 def _flat(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

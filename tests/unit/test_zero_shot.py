@@ -26,6 +26,7 @@ from fedxmr.zero_shot import (
     task_items,
     with_unseen_classes,
 )
+from fedxmr.zero_shot_report import experiment_table, splits_note
 
 CLASSES = 6
 SEEN = torch.tensor([True, False, True, False, True, False])
@@ -297,3 +298,23 @@ def better(one, other):
     """Whether the mean difference over splits is above two of its standard errors."""
     apart = [a - b for a, b in zip(one, other, strict=True)]
     return statistics.fmean(apart) > 2 * statistics.stdev(apart) / math.sqrt(len(apart))
+
+
+def measured(split, **floors):
+    """What a run's report has of one split, with an mAP of .5 and floors by name."""
+    level = {"round": 1, "mean": {"unseen": {"average": 0.5}}}
+    floors = {name: {"unseen": {"average": floor}} for name, floor in floors.items()}
+    return {"unseen_classes": [split], "selected": level, "last": level, "floors": floors}
+
+
+def test_a_floor_stands_once_and_where_methods_differ_in_it_with_each():
+    few, many = measured("a", chance=0.1, cosine=0.2), measured("b", chance=0.3, cosine=0.2)
+    rows = experiment_table({"one": [few], "same": [few], "other": [many]})
+    floors = {label: level for label, level, *_ in rows[4:]}
+    assert floors == {"*chance at one*": "0.100", "*chance at other*": "0.300", "*cosine*": "0.200"}
+
+
+def test_the_splits_that_are_counted_are_those_of_one_method():
+    # a sweep over the share of seen classes has other splits at every point, and yet one seed alone
+    assert splits_note({str(n): [measured(n)] for n in range(5)}).startswith("1 different splits of the classes; 5 or")
+    assert splits_note({m: [measured(n) for n in range(5)] for m in "ab"}) == "5 different splits of the classes."
