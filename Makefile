@@ -26,7 +26,7 @@ check: $(READY)  ## lint, format and types
 	$(VENV) -m mypy
 
 FIGURES = wikipedia fedcmr-figure3 fedcmr-gamma dlsl-figure2-alpha dlsl-figure2-beta mccn-figure2-lambda mccn-figure2-m \
-          jfse-figure10-beta jfse-figure10-gamma jfse-figure10-lambda jfse-noise jfse-figure11a
+          jfse-figure10-beta jfse-figure10-gamma jfse-figure10-lambda jfse-figure10-noise jfse-figure11a
 
 figures: $(READY)  ## run the experiments in FIGURES, or what is missing of them, and draw their figures
 	for name in $(FIGURES); do \
