@@ -28,8 +28,8 @@ def reproduce(
 ) -> None:
     """Tune every method on validation with equal effort, run all seeds, and compare on test.
 
-    Prints the tables and writes them as results.md, .tex, .csv and .json, with figures. Runs that have ended are not
-    run again, so an interrupted experiment goes on where it was. KEY=VALUE holds for every method.
+    Prints the tables and writes them as results.md, .tex, .csv (the first) and .json, with figures. Runs that have
+    ended are not run again, so an interrupted experiment goes on where it was. KEY=VALUE holds for every method.
     """
     from fedxmr.conduct import conduct
     from fedxmr.experiment import read_experiment
@@ -56,7 +56,10 @@ def reproduce(
     found = tables(plan, results, compared)
     command = ["python", "-m", "fedxmr.reproduce", str(file), "--seeds", str(plan.seeds), *(assignments or [])]
     command += [word for name in method or [] for word in ("--method", name)]
-    text = _markdown(shlex.join(command), found, notes(plan, results))
+    said = notes(plan, results)
+    if assignments:
+        said.append(f"Title, what is published and what differs are of the file without {', '.join(assignments)}.")
+    text = _markdown(shlex.join(command), found, said)
     (out / "results.md").write_text(text, encoding="utf-8")
     if into is not None:
         page = into.read_text(encoding="utf-8") if into.exists() else ""
@@ -82,7 +85,8 @@ def with_section(page: str, name: str, text: str) -> str:
 
 
 def _markdown(command: str, tables: list[Table], notes: list[str]) -> str:
-    return "\n".join([f"`{command}`\n", *(table.markdown() for table in tables), *notes]) + "\n"
+    apart = (note if note.startswith("- ") else f"\n{note}" for note in notes)  # else it would go on a list's last item
+    return "\n".join([f"`{command}`\n", *(table.markdown() for table in tables), *apart]) + "\n"
 
 
 if __name__ == "__main__":
