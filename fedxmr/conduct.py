@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -64,7 +63,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Results:
-    """chosen: method -> the trial picked on validation. runs: row of the table -> its runs by seed.
+    """chosen: method with a grid -> the trial picked on validation. runs: row of the table -> its runs by seed.
 
     tried: method -> per trial its mean validation mAP over the tuning seeds; empty where there was one choice only.
     """
@@ -80,13 +79,14 @@ def conduct(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> Res
     workers: runs side by side, each with one thread. Raises FederationError for a run that fails.
     """
     tried = _tune(plan, base, out / "tuning", workers)
-    chosen = {name: max(trials, key=lambda t: t[1])[0] for name, trials in tried.items()}
+    chosen: dict[str, Trial] = {name: method.trials()[0] for name, method in plan.methods.items() if method.grid}
+    chosen |= {name: max(trials, key=lambda t: t[1])[0] for name, trials in tried.items()}
     wanted = {
         (row, seed): configured(base, plan.methods[row.method], {**chosen.get(row.method, {}), **dict(row.point)}, seed)
         for row in plan.rows()
         for seed in range(plan.seeds)
     }
-    folders = {(row, seed): out / _folder_name(row.label) / f"seed{seed}" for row, seed in wanted}
+    folders = {(row, seed): out / row.folder / f"seed{seed}" for row, seed in wanted}
     done = _run_all({folders[key]: config for key, config in wanted.items()}, workers, "runs")
     runs = {row: [done[folders[row, seed]] for seed in range(plan.seeds)] for row in plan.rows()}
     return Results(chosen, tried, runs)
@@ -96,7 +96,7 @@ def _tune(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> dict[
     """Method -> its trials and their validation mAP, of methods with a choice."""
     trials = {name: method.trials() for name, method in plan.methods.items() if len(method.trials()) > 1}
     folders = {
-        (name, i, seed): out / name / f"{i}-seed{seed}"
+        (name, i, seed): out / Row(name).folder / f"{i}-seed{seed}"
         for name, own in trials.items()
         for i in range(len(own))
         for seed in plan.tuning_seeds
@@ -112,11 +112,6 @@ def _tune(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> dict[
         return fmean(mean["average"] for mean in found)
 
     return {name: [(trial, score(name, i)) for i, trial in enumerate(own)] for name, own in trials.items()}
-
-
-def _folder_name(label: str) -> str:
-    """A label as the name of a folder; a value may have a slash in it."""
-    return re.sub(r"[^\w .,=+-]", "_", label)
 
 
 def _run_all(wanted: Mapping[Path, Config], workers: int, what: str) -> dict[Path, Run]:

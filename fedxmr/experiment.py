@@ -27,6 +27,7 @@ A file with `sweep` alone sweeps its own configuration.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,6 +41,9 @@ from fedxmr.errors import InputError, unknown
 
 SECTIONS = ("experiment", "sweep")
 """What an experiment's file has beyond a configuration."""
+
+NOT_METHODS = ("", ".", "..", "tuning", "figures")
+"""What no method may be called: an experiment's folder has these for something else."""
 
 Trial = Mapping[str, Any]
 """Dotted key -> value."""
@@ -106,6 +110,14 @@ class Row:
         short = ((key.rpartition(".")[2], key, value) for key, value in self.point)
         return ", ".join([self.method, *(f"{end if ends[end] == 1 else key}={value}" for end, key, value in short)])
 
+    @property
+    def folder(self) -> str:
+        """The label as the name of a folder; a value may have a slash in it."""
+        return re.sub(r"[^\w .,=+-]", "_", self.label)
+
+    def __hash__(self) -> int:
+        return hash(self.label)  # a swept value may be a list
+
 
 class Plan(_Section):
     """The `experiment` section, with the `sweep` beside it."""
@@ -125,10 +137,17 @@ class Plan(_Section):
             raise ValueError(f"reference: expected one of {', '.join(self.methods)}, got {self.reference!r}")
         if empty := [key for key, values in self.sweep.items() if not values]:
             raise ValueError(f"sweep: expected values of {empty[0]}, got none")
+        if "seed" in {*self.sweep, *itertools.chain.from_iterable(method.grid for method in self.methods.values())}:
+            raise ValueError("seed: is not varied by hand, expected seeds: how many runs of each")
         if self.sweep and (tuned := [name for name, method in self.methods.items() if method.grid]):
             raise ValueError(f"methods: nothing is tuned in a sweep, got a grid of {tuned[0]}")
         if self.sweep and not any(method.sweep for method in self.methods.values()):
             raise ValueError("methods: expected one that is swept, got sweep: false for all")
+        if reserved := [name for name in self.methods if name in NOT_METHODS]:
+            raise ValueError(f"methods: expected another name than {reserved[0]!r}")
+        folders = Counter(row.folder for row in self.rows())
+        if twice := [folder for folder, times in folders.items() if times > 1]:
+            raise ValueError(f"methods: expected rows whose folders differ, got {twice[0]!r} more than once")
         counts = {name: len(method.trials()) for name, method in self.methods.items()}
         if len(set(counts.values())) > 1:
             shown = ", ".join(f"{name} {count}" for name, count in counts.items())
@@ -208,7 +227,7 @@ def _with_sweep(path: Path, base: Mapping[str, Any], experiment: Any, sweep: Any
 
 def _overridden(plan: Plan, base: dict[str, Any], assignments: Sequence[str]) -> tuple[Plan, dict[str, Any]]:
     """Plan and base with assignments in every method."""
-    varied = {key for method in plan.methods.values() for key in method.grid} | plan.sweep.keys()
+    varied = {key for method in plan.methods.values() for key in method.grid} | plan.sweep.keys() | {"seed"}
     for assignment in assignments:
         key = assignment.partition("=")[0]
         if key in varied:

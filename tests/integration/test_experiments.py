@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fedxmr import commands
-from fedxmr.conduct import _run_one
+from fedxmr.conduct import Run, _run_one, conduct
 from fedxmr.config import read_yaml, resolve
 from fedxmr.data import DATASETS
 from fedxmr.errors import InputError
@@ -257,6 +257,9 @@ def test_an_experiment_tunes_on_validation_runs_every_seed_and_goes_on_where_it_
         (lambda e: e.update(tuning_seeds=[1]), "among the reported seeds"),
         (lambda e: e.update(sweep={"seed": [1]}), "sweep stands beside experiment"),
         (lambda e: e.update(published={"source": "x", "columns": ["average"], "rows": {"a": [1, 2]}}), "1 numbers for"),
+        (lambda e: e["methods"].update({"a/b": {}, "a_b": {}}), "rows whose folders differ, got 'a_b' more than once"),
+        (lambda e: e["methods"].update({"..": {}}), "methods: expected another name than '..'"),
+        (lambda e: e["methods"]["local"]["grid"].update(seed=[3, 4]), "seed: is not varied by hand"),
         (lambda e: e.update(methds={}), "unknown configuration key 'experiment.methds'; did you mean"),
         (lambda e: e["methods"]["local"]["set"].update(strategy="lcal"), "method local: unknown strategy 'lcal'"),
     ],
@@ -293,7 +296,9 @@ def test_a_sweep_runs_every_value_and_what_is_not_swept_once(experiment, capsys)
         "fedcmr, gamma=1.0": {"strategy.gamma": 1.0},
     }
     assert (out / "figures" / "sensitivity.png").is_file()
-    assert "federation.epochs=1`" in (out / "results.md").read_text()
+    text = (out / "results.md").read_text()
+    assert "federation.epochs=1`" in text
+    assert "\n\nTitle, what is published and what differs are of the file without federation.epochs=1.\n" in text
 
 
 def test_a_file_with_a_sweep_alone_sweeps_its_own_configuration(tmp_path):
@@ -303,13 +308,55 @@ def test_a_file_with_a_sweep_alone_sweeps_its_own_configuration(tmp_path):
     assert [row.label for row in plan.rows()] == ["fedavg, epochs=1", "fedavg, epochs=2"]
 
 
+def test_a_sweep_may_be_over_lists_and_booleans_but_not_twice_over_the_same(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    path.write_text("strategy: fedavg\nsweep: {strategy.share: [[common.*], [towers.*, common.*]]}")
+    rows = read_experiment(path)[0].rows()
+    assert [{row: i for i, row in enumerate(rows)}[row] for row in rows] == [0, 1]
+    path.write_text("sweep: {federation.tolerate_failures: [false, true]}")
+    assert [row.folder for row in read_experiment(path)[0].rows()] == [
+        "fedcmr, tolerate_failures=False",
+        "fedcmr, tolerate_failures=True",
+    ]
+    path.write_text("sweep: {strategy.gamma: [0.5, 0.50]}")
+    with pytest.raises(InputError, match=r"'fedcmr, gamma=0\.5' more than once"):
+        read_experiment(path)
+
+
+def test_a_grid_of_one_value_needs_no_tuning_and_holds(experiment, monkeypatch):
+    tree = yaml.safe_load(experiment.read_text())
+    tree["experiment"] = {"seeds": 2, "methods": {"fedcmr": {"grid": {"strategy.gamma": [1.5]}}}}
+    experiment.write_text(yaml.safe_dump(tree))
+    asked = {}
+
+    def run_all(wanted, workers, what):
+        asked.update(wanted)
+        return {folder: Run(config, folder) for folder, config in wanted.items()}
+
+    monkeypatch.setattr("fedxmr.conduct._run_all", run_all)
+    results = conduct(*read_experiment(experiment), Path("out"), 1)
+    assert {(str(folder), config.strategy.gamma) for folder, config in asked.items()} == {
+        ("out/fedcmr/seed0", 1.5),
+        ("out/fedcmr/seed1", 1.5),
+    }
+    assert (results.chosen, results.tried) == ({"fedcmr": {"strategy.gamma": 1.5}}, {})
+
+
+def test_make_figures_draws_experiments_that_there_are():
+    text = (EXPERIMENTS.parent / "Makefile").read_text("utf-8").replace("\\\n", "")
+    (names,) = (line.partition("=")[2].split() for line in text.splitlines() if line.startswith("FIGURES ="))
+    assert names
+    assert [name for name in names if not (EXPERIMENTS / f"{name}.yaml").is_file()] == []
+
+
 def test_an_assignment_holds_for_every_method_but_not_for_what_is_varied(experiment):
     plan, base = read_experiment(experiment, ["strategy.mu=0.5", "dataset.name=digits"])
     for method in plan.methods.values():
         config = configured(base, method, {}, 0)
         assert (config.dataset.name, config.strategy.mu) == ("digits", 0.5)
-    with pytest.raises(InputError, match=r"strategy\.gamma is what the experiment varies"):
-        read_experiment(experiment, ["strategy.gamma=1"])
+    for assignment in ("strategy.gamma=1", "seed=3"):
+        with pytest.raises(InputError, match=r"is what the experiment varies"):
+            read_experiment(experiment, [assignment])
     assert list(plan.only(["fedcmr"]).methods) == ["fedcmr"]
     with pytest.raises(InputError, match="unknown method 'fedcm'"):
         plan.only(["fedcm"])
