@@ -23,7 +23,7 @@ Scores = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Compared:
-    """A row against its reference, in one score. p, and adjusted by Holm over all rows that are compared in it.
+    """A row against its reference, in one score. p, and adjusted by Holm over all rows and scores of the table.
 
     queries: the bootstrap interval over queries; None where the runs' queries are not the same, or there are too few.
     """
@@ -50,9 +50,10 @@ def scores(run: Run) -> dict[str, float]:
     return found
 
 
-def scores_of_clients(run: Run) -> list[dict[str, float]]:
-    """The same of every evaluated client, where a client has one: test mAP by direction, and their average."""
-    return [{k: v for k, v in own.items() if k != "client"} for own in run.summary["test"]["selected"]["clients"]]
+def scores_of_clients(run: Run) -> dict[int, dict[str, float]]:
+    """Evaluated client -> what a client has of these: test mAP by direction, and their average."""
+    clients = run.summary["test"]["selected"]["clients"]
+    return {own["client"]: {name: value for name, value in own.items() if name != "client"} for own in clients}
 
 
 def compare(plan: Plan, results: Results) -> list[Compared]:
@@ -65,19 +66,16 @@ def compare(plan: Plan, results: Results) -> list[Compared]:
 
     against_own = [(row, plan.reference_of(row)) for row in results.runs]
     rows = [(row, against) for row, against in against_own if against and data(row) == data(against)]
+    asked = [(score, row, against) for score in compared_scores(results) for row, against in rows]
+    apart = [
+        paired_difference(*([scores(run)[score] for run in results.runs[one]] for one in (row, against)))
+        for score, row, against in asked
+    ]
     found: list[Compared] = []
-    for score in compared_scores(results):
-        apart = [
-            paired_difference(
-                *([scores(run)[score] for run in results.runs[one]] for one in (row, against)),
-            )
-            for row, against in rows
-        ]
-        adjusted = holm([difference.p for difference in apart])
-        for (row, against), difference, p in zip(rows, apart, adjusted, strict=True):
-            queries = _over_queries(results.runs[row], results.runs[against]) if score == "average" else None
-            judged = verdict(difference, p, queries)
-            found.append(Compared(row, score, difference.interval, queries, difference.p, p, judged))
+    for (score, row, against), difference, p in zip(asked, apart, holm([d.p for d in apart]), strict=True):
+        queries = _over_queries(results.runs[row], results.runs[against]) if score == "average" else None
+        judged = verdict(difference, p, queries)
+        found.append(Compared(row, score, difference.interval, queries, difference.p, p, judged))
     return found
 
 
@@ -97,6 +95,13 @@ def notes(plan: Plan, results: Results) -> list[str]:
     found = [
         f"Test mAP@all at the round chosen on validation, mean over clients; {spread_of}. Commit {', '.join(commits)}."
     ]
+    configs = {row: runs[0].config for row, runs in results.runs.items()}
+    if whole := [row.label for row, config in configs.items() if config.evaluation.on == "all-test"]:
+        found.append(
+            f"Measured on all test items, also those that chose the round, where they are: {', '.join(whole)}."
+        )
+    if panel := [row.label for row, c in configs.items() if c.federation.clients > c.evaluation.clients]:
+        found.append(f"The mean over a seeded panel of the clients: {', '.join(panel)}.")
     if results.tried:
         trials = len(next(iter(results.tried.values())))
         found.append(f"Every method was tuned with {trials} trials on validation, seeds {plan.tuning_seeds}:")
@@ -124,7 +129,7 @@ def as_json(plan: Plan, results: Results, compared: Sequence[Compared]) -> dict[
             row.label: {
                 "method": row.method,
                 "point": dict(row.point),
-                "seeds": [{**scores(run), "clients": scores_of_clients(run)} for run in runs],
+                "seeds": [{**scores(run), "clients": run.summary["test"]["selected"]["clients"]} for run in runs],
             }
             for row, runs in results.runs.items()
         },
@@ -205,9 +210,8 @@ def _published_table(plan: Plan, results: Results) -> Table:
 
 
 def _client(run: Run, k: int) -> dict[str, float]:
-    """The scores of client k; none where there is no such client."""
-    own = scores_of_clients(run)
-    return own[k] if k < len(own) and len(own) > 1 else {}
+    """The scores of client k of several; none where it was not evaluated."""
+    return scores_of_clients(run).get(k, {}) if run.config.federation.clients > 1 else {}
 
 
 def _zero_shot(results: Results) -> dict[str, list[dict[str, Any]]]:

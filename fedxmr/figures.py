@@ -129,19 +129,21 @@ def _recall_curve(found: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[f
 
 
 def _scope_curve(found: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
-    return [int(k) for k in found["precision_at"]], list(found["precision_at"].values())
+    reached = {int(k): value for k, value in found["precision_at"].items() if int(k) <= found["gallery"]}
+    return list(reached), list(reached.values())
 
 
 def _retrieval(runs: Mapping[str, Sequence[Run]], what: str, curve: Curve) -> Figure:
-    """Precision on test at the selected round, mean over clients and directions."""
+    """Precision on test at the selected round, mean over clients and directions; as far as all of them reach."""
     figure, axes = _figure(f"precision against {what} on test", what, "precision, mean over directions and clients")
     for name, own in runs.items():
         of_runs = [
             [curve(found) for client in run.retrieval["clients"] for key, found in client.items() if key != "client"]
             for run in own
         ]
-        x = np.asarray(of_runs[0][0][0], dtype=float)
-        _band(axes, name, x, [np.mean([precision for _, precision in curves], axis=0) for curves in of_runs])
+        reach = min(len(precision) for curves in of_runs for _, precision in curves)  # class splits differ in size
+        x = np.asarray(of_runs[0][0][0][:reach], dtype=float)
+        _band(axes, name, x, [np.mean([precision[:reach] for _, precision in curves], axis=0) for curves in of_runs])
     return _legend(figure)
 
 
@@ -170,6 +172,7 @@ def _sweep(plan: Plan, results: Results) -> Iterator[tuple[str, Figure]]:
                 (_, value), *others = row.point
                 curves[Row(row.method, tuple(others)).label].append((place(value), row))
         for name, points in curves.items():
+            points.sort(key=lambda point: point[0])
             x = np.array([at for at, _ in points])
             over_seeds = np.array([[scores(run)[score] for run in results.runs[row]] for _, row in points]).T
             _band(axes, name, x, list(over_seeds), marker="o")
@@ -179,12 +182,13 @@ def _sweep(plan: Plan, results: Results) -> Iterator[tuple[str, Figure]]:
 
 
 def _clients(axes: Axes, x: Array, runs: Sequence[Sequence[Run]]) -> None:
-    """A thin curve for each client, mean over seeds; runs: of each point of the sweep, by seed."""
-    by_point = [[[own["average"] for own in scores_of_clients(run)] for run in of_point] for of_point in runs]
-    number = len(by_point[0][0])
-    if not 2 <= number <= MAX_CLIENTS:
+    """A thin curve for each client, mean over seeds, where all runs have the same; runs: of each point, by seed."""
+    by_point = [[scores_of_clients(run) for run in of_point] for of_point in runs]
+    clients = sorted(by_point[0][0])
+    if not 2 <= len(clients) <= MAX_CLIENTS or any(sorted(own) != clients for of in by_point for own in of):
         return
-    for client, values in enumerate(np.mean(by_point, axis=1).T):
+    for client in clients:
+        values = [np.mean([own[client]["average"] for own in of_point]) for of_point in by_point]
         axes.plot(x, values, linewidth=1, linestyle=":", marker=".", label=f"client {client}")
 
 

@@ -105,8 +105,8 @@ def scores(found: Mapping[str, Any]) -> dict[str, float]:
 def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[list[str]]:
     """The rows of an experiment's table, head first. runs: method -> `zero_shot` of its runs, one per class split.
 
-    Mean and standard deviation over the runs. Below, the floors, each once; where methods differ in one, as in a sweep
-    over the share of seen classes, with the first method that has it.
+    Mean and standard deviation over the runs; below, the floors. Where one is not the same for all methods, because
+    of other class splits, features or class vectors, each different one is there, with the first method that has it.
     """
     first = next(iter(runs.values()))
     columns = list(_flat(first[0]["selected"]["mean"]))
@@ -115,14 +115,15 @@ def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[li
     for method, found in runs.items():
         of_each = [scores(f) for f in found]
         rows.append([method, *(spread([s[c] for s in of_each]) for c in (*columns, *last))])
-    for name in first[0]["floors"]:
-        levels: dict[tuple[str, ...], str] = {}
+    for name in dict.fromkeys(name for found in runs.values() for name in found[0]["floors"]):
+        different: dict[tuple[str, ...], str] = {}  # cells -> the first method that has them
         for method, found in runs.items():
-            of_each = [_flat(f["floors"][name]) for f in found if name in f["floors"]]
-            if of_each:
-                levels.setdefault(tuple(spread([s[c] for s in of_each]) for c in columns), method)
-        for cells, method in levels.items():
-            rows.append([f"*{name}*" if len(levels) == 1 else f"*{name} at {method}*", *cells, *("" for _ in last)])
+            if name in found[0]["floors"]:
+                of_each = [_flat(f["floors"][name]) for f in found]
+                different.setdefault(tuple(spread([s[c] for s in of_each]) for c in columns), method)
+        for cells, method in different.items():
+            label = f" ({method})" if len(different) > 1 else ""
+            rows.append([f"*{name}*{label}", *cells, *("" for _ in last)])
     return rows
 
 

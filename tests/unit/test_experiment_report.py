@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from fedxmr.config import resolve
 from fedxmr.errors import InputError
 from fedxmr.experiment import Plan
 from fedxmr.experiment_report import as_json, compare, notes, tables
-from fedxmr.figures import draw
+from fedxmr.figures import _retrieval, _scope_curve, _sweep, draw
 from fedxmr.reproduce import with_section
 from fedxmr.tables import Table
+from fedxmr.zero_shot_report import experiment_table
 
 CLIENTS = 2
 
@@ -38,7 +40,7 @@ def run_folder(folder, average, apart, queries=60):
         "bytes": {"up": 10**6, "down": 2 * 10**6},
         "seconds": {"fit": 2.5, "evaluate": 0.5},
     }
-    curves = {"precision_at": {"1": average, "5": average}, "precision_recall": [average] * 11}
+    curves = {"precision_at": {"1": average, "5": average}, "precision_recall": [average] * 11, "gallery": 60}
     retrieval = {"cross_client": None, "clients": [{"client": 0, "image->text": curves}]}
     environment = {"commit": "0123456789abcdef", "data_sha256": "same"}
     for name, content in (("summary", summary), ("retrieval", retrieval), ("environment", environment)):
@@ -115,6 +117,62 @@ def test_holms_correction_counts_every_row_that_is_compared(found):
     assert [c.adjusted for c in compare(three, Results({}, {}, runs))] == pytest.approx([2 * alone.p] * 2)
 
 
+def test_holms_correction_counts_every_score_that_is_compared(found, monkeypatch):
+    plan, results = found
+    (alone,) = compare(plan, results)
+    monkeypatch.setattr("fedxmr.experiment_report.compared_scores", lambda _: ["average", "last round"])
+    assert [c.adjusted for c in compare(plan, results)] == pytest.approx([2 * alone.p] * 2)
+
+
+def changed(run, name, change):
+    """A run after a change of one of its JSON files."""
+    path = run.folder / f"{name}.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    return replace(run)
+
+
+def test_a_client_that_was_not_evaluated_has_no_scores_beside_the_published(found):
+    plan, results = found
+
+    def panel(summary):  # clients 1 and 7
+        for own, client in zip(summary["test"]["selected"]["clients"], (1, 7), strict=True):
+            own["client"] = client
+
+    runs = {row: [changed(run, "summary", panel) for run in own] for row, own in results.runs.items()}
+    rows = as_rows(tables(plan, Results({}, {}, runs), [])[-1])
+    assert rows["fedcmr, client 0"]["ours: average"] == "-"
+    assert rows["fedcmr, client 1"]["ours: average"] == "0.520 ± 0.010"
+
+
+def test_notes_say_what_was_measured_where_it_is_not_the_rule(found):
+    plan, results = found
+    own = {row.method: runs for row, runs in results.runs.items()}
+    usual = "\n".join(notes(plan, results))
+    assert "all test items" not in usual
+    assert "panel" not in usual
+    on_all = resolve({"evaluation": {"on": "all-test"}, "federation": {"clients": 100}})
+    runs = {row: [replace(run, config=on_all) for run in own[row.method]] for row in plan.rows()}
+    said = "\n".join(notes(plan, Results({}, {}, runs)))
+    assert "Measured on all test items, also those that chose the round, where they are: local, fedcmr." in said
+    assert "The mean over a seeded panel of the clients: local, fedcmr." in said
+
+
+def test_a_floor_that_is_not_the_same_for_all_methods_says_whose_it_is():
+    def run(ridge):
+        unseen = {"unseen": {"average": 0.3}}
+        floors = {"chance": {"unseen": {"average": 0.1}}, "ridge": {"unseen": {"average": ridge}}}
+        return {"unseen_classes": ["a"], "floors": floors, "selected": {"mean": unseen}, "last": {"mean": unseen}}
+
+    _, *rows = experiment_table({"jfse, width=10": [run(0.2)], "jfse, width=79": [run(0.25)], "dscmr": [run(0.25)]})
+    assert [row[:2] for row in rows[3:]] == [
+        ["*chance*", "0.100"],
+        ["*ridge* (jfse, width=10)", "0.200"],
+        ["*ridge* (jfse, width=79)", "0.250"],
+    ]
+
+
 def test_one_seed_is_compared_with_nothing(found):
     plan, results = found
     plan = plan.model_copy(update={"seeds": 1})
@@ -139,6 +197,28 @@ def test_a_sweep_is_drawn(found, tmp_path):
     runs = {row: own[:1] for row, own in zip(sweep.rows(), (local, fedcmr, local), strict=True)}
     (path,) = draw(sweep, Results({}, {}, runs), tmp_path / "swept")
     assert (path.name, path.read_bytes()[:4]) == ("sensitivity.png", b"\x89PNG")
+
+
+def test_a_sweep_over_the_number_of_clients_is_drawn_in_the_order_of_its_values(found):
+    _, results = found
+    sweep = Plan(methods={"fedcmr": {}}, seeds=3, sweep={"federation.clients": [2, 1]})
+    two, one = results.runs.values()
+    one = [changed(run, "summary", lambda s: s["test"]["selected"]["clients"].pop()) for run in one]
+    ((_, figure),) = _sweep(sweep, Results({}, {}, dict(zip(sweep.rows(), (two, one), strict=True))))
+    (line,) = figure.axes[0].lines  # none of single clients
+    assert line.get_xdata().tolist() == [1, 2]
+    assert line.get_ydata().tolist() == pytest.approx([0.51, 0.41])
+
+
+def test_precision_is_drawn_as_far_as_the_galleries_of_all_runs_reach(found):
+    _, results = found
+    (wide, *others), _ = results.runs.values()
+    more = {"5": 0.4, "50": 0.4, "100": 0.4}
+    wide = changed(wide, "retrieval", lambda r: r["clients"][0]["image->text"]["precision_at"].update(more))
+    figure = _retrieval({"local": [wide, *others]}, "scope", _scope_curve)
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [1, 5]
+    figure = _retrieval({"local": [wide]}, "scope", _scope_curve)
+    assert figure.axes[0].lines[0].get_xdata().tolist() == [1, 5, 50]  # not 100: there are 60 to find
 
 
 def test_latex_markdown_and_csv_hold_what_is_special_to_them():

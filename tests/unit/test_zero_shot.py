@@ -311,7 +311,7 @@ def test_a_floor_stands_once_and_where_methods_differ_in_it_with_each():
     few, many = measured("a", chance=0.1, cosine=0.2), measured("b", chance=0.3, cosine=0.2)
     rows = experiment_table({"one": [few], "same": [few], "other": [many]})
     floors = {label: level for label, level, *_ in rows[4:]}
-    assert floors == {"*chance at one*": "0.100", "*chance at other*": "0.300", "*cosine*": "0.200"}
+    assert floors == {"*chance* (one)": "0.100", "*chance* (other)": "0.300", "*cosine*": "0.200"}
 
 
 def test_the_splits_that_are_counted_are_those_of_one_method():
