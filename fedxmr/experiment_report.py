@@ -57,15 +57,20 @@ def scores_of_clients(run: Run) -> dict[int, dict[str, float]]:
 
 
 def compare(plan: Plan, results: Results) -> list[Compared]:
-    """Every row against its reference; of zero-shot tasks in each of them. None of a single seed, or of other data."""
+    """Every row against its reference; of zero-shot tasks in each of them.
+
+    None of a single seed, nor of rows that were asked something else: of another data set, class split or test part.
+    """
     if plan.seeds < 2:
         return []
 
-    def data(row: Row) -> str:
-        return results.runs[row][0].config.dataset.name
+    def asked_of(row: Row) -> tuple[object, ...]:
+        config = results.runs[row][0].config
+        data = config.dataset
+        return data.name, data.task, data.seen_share, data.class_seed, config.evaluation.on
 
     against_own = [(row, plan.reference_of(row)) for row in results.runs]
-    rows = [(row, against) for row, against in against_own if against and data(row) == data(against)]
+    rows = [(row, against) for row, against in against_own if against and asked_of(row) == asked_of(against)]
     asked = [(score, row, against) for score in compared_scores(results) for row, against in rows]
     apart = [
         paired_difference(*([scores(run)[score] for run in results.runs[one]] for one in (row, against)))

@@ -124,6 +124,16 @@ def test_holms_correction_counts_every_score_that_is_compared(found, monkeypatch
     assert [c.adjusted for c in compare(plan, results)] == pytest.approx([2 * alone.p] * 2)
 
 
+@pytest.mark.parametrize(
+    "other", [{"dataset": "synthetic"}, {"evaluation": {"on": "all-test"}}, {"dataset": {"task": "zero-shot"}}]
+)
+def test_rows_that_were_asked_something_else_are_not_compared(found, other):
+    plan, results = found
+    local, fedcmr = results.runs.items()
+    runs = dict([local, (fedcmr[0], [replace(run, config=resolve(other)) for run in fedcmr[1]])])
+    assert compare(plan, Results({}, {}, runs)) == []
+
+
 def changed(run, name, change):
     """A run after a change of one of its JSON files."""
     path = run.folder / f"{name}.json"
