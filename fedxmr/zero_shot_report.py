@@ -128,10 +128,11 @@ def experiment_table(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[li
 
 
 def splits_note(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
-    """What to know of the splits behind an experiment's table, of the method that has the fewest."""
-    splits = min(len({tuple(found["unseen_classes"]) for found in of_method}) for of_method in runs.values())
-    few = "" if splits >= MIN_SPLITS else f"; {MIN_SPLITS} or more would make it a result"
-    return f"{splits} different splits of the classes{few}."
+    """How many splits are behind a row of an experiment's table, and whether these are enough."""
+    of_rows = {len({tuple(found["unseen_classes"]) for found in of_method}) for of_method in runs.values()}
+    number = " to ".join(str(n) for n in sorted({min(of_rows), max(of_rows)}))
+    few = "" if min(of_rows) >= MIN_SPLITS else f"; {MIN_SPLITS} or more would make it a result"
+    return f"{number} different splits of the classes{few}."
 
 
 def _flat(by_task: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -19,7 +19,7 @@ from fedxmr.experiment_report import as_json, compare, notes, tables
 from fedxmr.figures import _retrieval, _scope_curve, _sweep, draw
 from fedxmr.reproduce import with_section
 from fedxmr.tables import Table
-from fedxmr.zero_shot_report import experiment_table
+from fedxmr.zero_shot_report import experiment_table, splits_note
 
 CLIENTS = 2
 
@@ -181,6 +181,18 @@ def test_a_floor_that_is_not_the_same_for_all_methods_says_whose_it_is():
         ["*ridge* (jfse, width=10)", "0.200"],
         ["*ridge* (jfse, width=79)", "0.250"],
     ]
+
+
+def test_splits_are_counted_row_by_row():
+    # a sweep over the share of seen classes has other splits in every row, and no row more for it
+    def row(*splits):
+        return [{"unseen_classes": list(split)} for split in splits]
+
+    assert splits_note({"share=0.2": row("abc", "abd", "bcd"), "share=0.5": row("ab", "bc", "cd")}).startswith("3 diff")
+    assert splits_note({"one": row(*"abcde"), "other": row(*"aaaaa")}) == (
+        "1 to 5 different splits of the classes; 5 or more would make it a result."
+    )
+    assert splits_note({"one": row(*"abcde")}) == "5 different splits of the classes."
 
 
 def test_one_seed_is_compared_with_nothing(found):
