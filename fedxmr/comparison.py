@@ -101,12 +101,15 @@ def paired_bootstrap(values: Array, reference: Array, seed: int = 0) -> Interval
 
 
 def verdict(difference: Difference, adjusted: float, queries: Interval | None) -> str:
-    """better or worse only where the seeds show it after Holm's correction, and the queries do not leave it open."""
-    mean = difference.interval.mean
-    open_to_queries = queries is not None and queries.low <= 0 <= queries.high
-    if adjusted >= 1 - CONFIDENCE or open_to_queries:
+    """better or worse only where the seeds show it after Holm's correction, and the queries do not leave it open.
+
+    A difference that is the same for all seeds, as of methods that do not depend on them, must be shown by the queries.
+    """
+    over_seeds = difference.interval
+    unshown = over_seeds.low == over_seeds.high if queries is None else queries.low <= 0 <= queries.high
+    if adjusted >= 1 - CONFIDENCE or unshown:
         return "no difference shown"
-    return "better" if mean > 0 else "worse"
+    return "better" if over_seeds.mean > 0 else "worse"
 
 
 def spread(values: Sequence[float]) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from rich.progress import Progress
 
 from fedxmr.checkpoint import rounds
-from fedxmr.commands import QUIET
+from fedxmr.commands import BAD_INPUT, QUIET
 from fedxmr.config import Config, read_yaml, resolve
 from fedxmr.errors import FederationError, InputError
 from fedxmr.experiment import Plan, Row, Trial, configured
@@ -134,23 +134,27 @@ def _run_one(folder: Path, config: Config) -> None:
     Raises FederationError with the reason it gives.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if _is_of(folder, config) and rounds(folder) and not _simulate(["--resume", str(folder)]):
-        return
-    file = folder.with_name(f"{folder.name}.yaml")
-    file.write_text(config.to_yaml(), encoding="utf-8")
-    if why := _simulate(["--config", str(file), "--threads", "1", "--out", str(folder), "--overwrite"]):
+    code, why = BAD_INPUT, ""
+    if _is_of(folder, config) and rounds(folder):
+        code, why = _simulate(["--resume", str(folder)])
+    if code == BAD_INPUT:  # nothing to go on from, or a resume that is refused
+        file = folder.with_name(f"{folder.name}.yaml")
+        file.write_text(config.to_yaml(), encoding="utf-8")
+        # several runs share this machine and its GPU, so each is one process
+        engine = [] if config.runtime.engine != "auto" or config.runtime.only_ray else ["--engine", "local"]
+        arguments = ["--config", str(file), "--threads", "1", *engine, "--out", str(folder), "--overwrite"]
+        code, why = _simulate(arguments)
+    if code:
         raise FederationError(f"{folder}: {why}")
 
 
-def _simulate(arguments: Sequence[str]) -> str:
-    """Run `fedxmr.simulate`; why it failed, empty where it did not."""
+def _simulate(arguments: Sequence[str]) -> tuple[int, str]:
+    """Run `fedxmr.simulate`: its exit code, and why it failed where it did."""
     command = [sys.executable, "-m", "fedxmr.simulate", *arguments, "--no-pictures"]
     ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **QUIET})
-    if not ended.returncode:
-        return ""
     lines = ended.stderr.strip().splitlines() or ["no message"]
     why = next((line for line in lines if line.startswith("error: ")), lines[-1])
-    return why.removeprefix("error: ")
+    return ended.returncode, why.removeprefix("error: ")
 
 
 def _ended(folder: Path, config: Config) -> bool:

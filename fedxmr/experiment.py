@@ -26,6 +26,7 @@ A file with `sweep` alone sweeps its own configuration.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import re
 from collections import Counter
@@ -41,6 +42,9 @@ from fedxmr.errors import InputError, unknown
 
 SECTIONS = ("experiment", "sweep")
 """What an experiment's file has beyond a configuration."""
+
+MAX_NAME = 100
+"""Characters of a folder's name; file systems take 255 bytes."""
 
 NOT_METHODS = ("", ".", "..", "tuning", "figures")
 """What no method may be called: an experiment's folder has these for something else."""
@@ -112,11 +116,17 @@ class Row:
 
     @property
     def folder(self) -> str:
-        """The label as the name of a folder; a value may have a slash in it."""
-        return re.sub(r"[^\w .,=+-]", "_", self.label)
+        """The label as the name of a folder."""
+        return folder_name(self.label)
 
     def __hash__(self) -> int:
         return hash(self.label)  # a swept value may be a list
+
+
+def folder_name(words: str) -> str:
+    """Words as the name of a folder: a swept value may have a slash in it, or be a long list."""
+    name = re.sub(r"[^\w .,=+-]", "_", words)
+    return name if len(name) <= MAX_NAME else f"{name[:MAX_NAME]}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
 class Plan(_Section):
@@ -195,6 +205,7 @@ def read_experiment(path: Path, assignments: Sequence[str] = ()) -> tuple[Plan, 
     except ValidationError as error:
         raise InputError(f"{path}: {one_line(error, Plan, ['experiment'])}") from error
     plan, base = _overridden(plan, base, assignments)
+    tasks: dict[str, str] = {}
     for row in plan.rows():
         method = plan.methods[row.method]
         for trial in method.trials():
@@ -204,6 +215,10 @@ def read_experiment(path: Path, assignments: Sequence[str] = ()) -> tuple[Plan, 
                 raise InputError(f"{path}: method {row.label}: {error}") from error
             if config.evaluation.every == 0:
                 raise InputError(f"{path}: method {row.label}: evaluation.every: expected 1 or more to compare, got 0")
+            tasks.setdefault(config.dataset.task, row.label)
+    if len(tasks) > 1:
+        got = " and ".join(f"{task} ({label})" for task, label in tasks.items())
+        raise InputError(f"{path}: expected one dataset.task for all methods, got {got}")
     return plan, base
 
 

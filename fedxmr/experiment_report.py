@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
@@ -144,6 +146,21 @@ def as_json(plan: Plan, results: Results, compared: Sequence[Compared]) -> dict[
     }
 
 
+def as_csv(plan: Plan, results: Results) -> str:
+    """Every score of every row as plain numbers: a line each, with the published number where there is one."""
+    written = io.StringIO()
+    lines = csv.writer(written, lineterminator="\n")
+    lines.writerow(["row", "score", "mean", "standard deviation", "seeds", "published"])
+    for row, runs in results.runs.items():
+        of_runs = [scores(run) for run in runs]
+        for name in of_runs[0]:
+            values = [own[name] for own in of_runs]
+            deviation = stdev(values) if len(values) > 1 else ""
+            published = plan.published.mean(row.label, name) if plan.published else None
+            lines.writerow([row.label, name, fmean(values), deviation, len(values), published])
+    return written.getvalue()
+
+
 def _intervals(compared: Compared) -> dict[str, Any]:
     named = {"seeds": compared.seeds, "queries": compared.queries}
     return {name: vars(interval) if interval else None for name, interval in named.items()}
@@ -191,7 +208,8 @@ def _difference_table(plan: Plan, compared: Sequence[Compared]) -> Table:
     reference = plan.reference or next(iter(plan.methods))
     caption = (
         f"Differences of the average to {reference}, paired by seed (t interval) and by query (bootstrap); better or "
-        f"worse is said where Holm's p is below {1 - CONFIDENCE:.2f} and the queries do not leave the sign open."
+        f"worse is said where Holm's p is below {1 - CONFIDENCE:.2f} and 0 is not in the interval over queries, where "
+        "there is one."
     )
     return Table(caption, head, rows)
 

@@ -210,7 +210,8 @@ def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def _legend(figure: Figure) -> Figure:
-    figure.axes[0].legend(fontsize="small")
+    if figure.axes[0].get_legend_handles_labels()[0]:
+        figure.axes[0].legend(fontsize="small")
     return figure
 
 

@@ -22,18 +22,20 @@ def reproduce(
     seeds: Annotated[int | None, option("how many seeds; default: the experiment's")] = None,
     method: Annotated[list[str] | None, option("only this method; may be given several times")] = None,
     workers: Annotated[int | None, option("runs side by side, one thread each; default: the number of cores")] = None,
-    out: Annotated[Path | None, option("where the runs go and are found again; default: runs/<experiment>")] = None,
+    out: Annotated[
+        Path | None, option("where the runs go and are found again; default: runs/<experiment>, with any KEY=VALUE")
+    ] = None,
     figures: Annotated[Path | None, option("where the figures go; default: the folder figures there")] = None,
     into: Annotated[Path | None, option("a Markdown page whose section of this experiment is written anew")] = None,
 ) -> None:
     """Tune every method on validation with equal effort, run all seeds, and compare on test.
 
-    Prints the tables and writes them as results.md, .tex, .csv (the first) and .json, with figures. Runs that have
+    Prints the tables and writes them as results.md and .tex, the numbers as .csv and .json, and figures. Runs that have
     ended are not run again, so an interrupted experiment goes on where it was. KEY=VALUE holds for every method.
     """
     from fedxmr.conduct import conduct
-    from fedxmr.experiment import read_experiment
-    from fedxmr.experiment_report import as_json, compare, notes, tables
+    from fedxmr.experiment import folder_name, read_experiment
+    from fedxmr.experiment_report import as_csv, as_json, compare, notes, tables
     from fedxmr.figures import draw
     from fedxmr.machine import cores
     from fedxmr.recording import write_json
@@ -46,7 +48,7 @@ def reproduce(
         if seeds < 1 or set(plan.tuning_seeds) & set(range(seeds)):
             raise InputError(f"--seeds: expected 1 to {min(plan.tuning_seeds)}, got {seeds}")
         plan = plan.model_copy(update={"seeds": seeds})
-    out = out or Path("runs") / file.stem
+    out = out or Path("runs") / folder_name(",".join([file.stem, *(assignments or [])]))
     try:
         results = conduct(plan, base, out, workers or cores())
     except BaseException as error:
@@ -65,7 +67,7 @@ def reproduce(
         page = into.read_text(encoding="utf-8") if into.exists() else ""
         into.write_text(with_section(page, out.name, text), encoding="utf-8")
     (out / "results.tex").write_text("\n".join(table.latex() for table in found), encoding="utf-8")
-    (out / "results.csv").write_text(found[0].csv(), encoding="utf-8")
+    (out / "results.csv").write_text(as_csv(plan, results), encoding="utf-8")
     write_json(out / "results.json", as_json(plan, results, compared))
     for path in draw(plan, results, figures or out / "figures"):
         say(f"drawn: {path}")

@@ -1,9 +1,7 @@
-"""Tables of results, in Markdown, LaTeX and CSV."""
+"""Tables of results, in Markdown and LaTeX."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,9 +26,3 @@ class Table:
         body = tabulate(self.rows, self.head, "latex_booktabs", disable_numparse=True)
         caption = "".join(LATEX_ESCAPE_RULES.get(character, character) for character in self.caption)
         return f"\\begin{{table}}\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n"
-
-    def csv(self) -> str:
-        """The head and the rows."""
-        written = io.StringIO()
-        csv.writer(written, lineterminator="\n").writerows([self.head, *self.rows])
-        return written.getvalue()

@@ -260,6 +260,10 @@ def test_an_experiment_tunes_on_validation_runs_every_seed_and_goes_on_where_it_
         (lambda e: e["methods"].update({"a/b": {}, "a_b": {}}), "rows whose folders differ, got 'a_b' more than once"),
         (lambda e: e["methods"].update({"..": {}}), "methods: expected another name than '..'"),
         (lambda e: e["methods"]["local"]["grid"].update(seed=[3, 4]), "seed: is not varied by hand"),
+        (
+            lambda e: e["methods"]["local"]["set"].update(dataset={"task": "zero-shot"}),
+            "expected one dataset.task for all methods, got standard (fedcmr) and zero-shot (local)",
+        ),
         (lambda e: e.update(methds={}), "unknown configuration key 'experiment.methds'; did you mean"),
         (lambda e: e["methods"]["local"]["set"].update(strategy="lcal"), "method local: unknown strategy 'lcal'"),
     ],

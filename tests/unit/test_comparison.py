@@ -49,6 +49,8 @@ def test_better_is_said_only_where_seeds_and_queries_agree():
     assert verdict(worse, worse.p, None) == "worse"
     assert verdict(open_, open_.p, sure) == "no difference shown"
     assert verdict(better, better.p, unsure) == "no difference shown"
+    always = paired_difference([0.5, 0.5], [0.4, 0.4])  # the seeds change nothing, so they show nothing
+    assert (verdict(always, 0.0, None), verdict(always, 0.0, sure)) == ("no difference shown", "better")
     assert verdict(better, 0.06, sure) == "no difference shown"  # after Holm's correction
 
 
