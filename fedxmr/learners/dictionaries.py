@@ -10,7 +10,8 @@ same. `JITTER` times A's mean diagonal is added to that diagonal, which makes th
 atom (a row of Z that is zero) is zero, and equal atoms share.
 
 - `lagrange_dual` (Lee, Battle, Raina and Ng, NIPS 2006), as DLSL's eq. 5, 7 and 9 have it: D = B (A + L)^-1, where the
-  diagonal L >= 0 maximises -tr(B (A + L)^-1 B') - c tr(L); by Newton steps projected on L >= 0 (Bertsekas, 1982).
+  diagonal L >= 0 maximises -tr(B (A + L)^-1 B') - c tr(L); by a primal-dual interior point method (Wright, 1997), for
+  Newton steps that are projected on L >= 0 may zigzag without end where atoms are more than X has dimensions.
 - `coordinate_descent` (Mairal, Bach, Ponce and Sapiro, ICML 2009): column by column until none moves.
 """
 
@@ -23,15 +24,15 @@ JITTER = 1e-8
 
 _TOLERANCE = 1e-12
 _ROUNDING = 1e-14
-_NEWTON_STEPS = 200
-_FLAT_STEPS = 8
+_SETTLED = 1e-13
+_NEWTON_STEPS = 100
 _SWEEPS = 2000
 
 
 def lagrange_dual(gram: Tensor, cross: Tensor, norm: float) -> Tensor:
-    """gram [k, k], cross [d, k], float64 -> D [d, k]; zero where the gram is."""
+    """gram [k, k], cross [d, k], float64 -> D [d, k]; zero where one of them is."""
     gram = _regular(gram)
-    if not bool(gram.any()):
+    if not bool(gram.any()) or not bool(cross.any()):
         return torch.zeros_like(cross)
     # the constraint sees B'B alone: Newton's matrices are k x k, with a branch on each, which is nothing for a GPU.
     # A triangle with that B'B, since B'B itself squares the condition number.
@@ -78,47 +79,62 @@ def _regular(gram: Tensor) -> Tensor:
 
 
 def _dual(gram: Tensor, cross: Tensor, bound: float) -> Tensor:
-    """D = B (A + L)^-1 at the L >= 0 that minimises f(L) = tr(B (A + L)^-1 B') + bound tr(L)."""
-    scale = float(gram.diagonal().mean())
+    """D = B (A + L)^-1 at the L >= 0 that minimises f(L) = tr(B (A + L)^-1 B') + bound tr(L).
 
-    def at(multipliers: Tensor) -> tuple[Tensor, Tensor, float]:
-        """The factor of A + L, D and f."""
-        factor = torch.linalg.cholesky(gram + multipliers.diag())
-        found = torch.cholesky_solve(cross.T, factor).T
-        return factor, found, float((cross * found).sum() + bound * multipliers.sum())
-
-    multipliers = torch.full((len(gram),), scale, dtype=gram.dtype)
-    factor, found, value = at(multipliers)
-    flat = 0
+    f's slope by L_i is bound - |d_i|^2: at the minimum it is some S_i >= 0, and L_i S_i is 0. A Newton step is for
+    both at once, kept above 0, with every L_i S_i a hundredth of their mean before.
+    """
+    multipliers = (cross.norm(dim=0) / bound**0.5).clamp(min=1e-3 * float(gram.diagonal().mean()))
+    _, found, _ = _at(torch.zeros_like(multipliers), gram, cross, bound)
+    if bool((found.square().sum(0) <= bound).all()):
+        return found
+    slack = torch.full_like(multipliers, bound)
+    apart = float("inf")
+    factor, found, value = _at(multipliers, gram, cross, bound)
     for _ in range(_NEWTON_STEPS):
         columns = found.T @ found
         slope = bound - columns.diagonal()
-        resting = (multipliers <= _TOLERANCE * scale) & (slope > 0)
-        free = (~resting).nonzero().flatten()
-        # nearly singular, rounding may keep the slope from ever getting there
-        if not len(free) or float(slope[free].abs().max()) <= _TOLERANCE * bound or flat == _FLAT_STEPS:
+        before, apart = apart, float((slope - slack).abs().max())
+        settled = bool((torch.minimum(slack / bound, multipliers / gram.diagonal()) <= _SETTLED).all())
+        # where A is nearly singular, rounding keeps slope and slack apart
+        if settled and (apart <= _TOLERANCE * bound or apart > before / 2):
             break
-        step = torch.zeros_like(multipliers)
-        step[free] = _newton_step((columns * torch.cholesky_inverse(factor))[free][:, free], slope[free])
-        length = 1.0
+        target = float(multipliers @ slack) / len(gram) / 100
+        hessian = 2 * columns * torch.cholesky_inverse(factor) + (slack / multipliers).diag()
+        downhill = target / multipliers - slope
+        step = _solve(hessian, downhill)
+        slack_step = (target - slack * step) / multipliers - slack
+        least = value - target * float(multipliers.log().sum())
+        length = _room(multipliers, step)
         while True:
-            there = torch.where(resting, 0.0, multipliers - length * step).clamp(min=0)
-            new_factor, new_found, new_value = at(there)
-            least = 1e-4 * float(slope @ (multipliers - there))
+            there = multipliers + length * step
+            factor, found, value = _at(there, gram, cross, bound)
             # close to the minimum f cannot tell a step from rounding; Newton's can be trusted there
-            if new_value <= value - least + _ROUNDING * abs(value):
+            enough = least - 1e-4 * length * float(downhill @ step) + _ROUNDING * abs(value)
+            if value - target * float(there.log().sum()) <= enough:
                 break
             length /= 2
             if length < _TOLERANCE:
                 return found
-        flat = flat + 1 if new_value >= value - _ROUNDING * abs(value) else 0
-        multipliers, factor, found, value = there, new_factor, new_found, new_value
+        multipliers, slack = there, slack + _room(slack, slack_step) * slack_step
     return found
 
 
-def _newton_step(half_hessian: Tensor, slope: Tensor) -> Tensor:
-    """[f, f] and [f] -> [f]. An atom that X does not depend on has no curvature: its multiplier goes to 0 at once."""
-    hessian = 2 * half_hessian
-    hessian.diagonal().add_(_TOLERANCE * float(hessian.diagonal().max()) + torch.finfo(hessian.dtype).tiny)
-    step: Tensor = torch.linalg.solve(hessian, slope)
-    return step
+def _at(multipliers: Tensor, gram: Tensor, cross: Tensor, bound: float) -> tuple[Tensor, Tensor, float]:
+    """The Cholesky factor of A + L, D and f."""
+    factor = torch.linalg.cholesky(gram + multipliers.diag())
+    found = torch.cholesky_solve(cross.T, factor).T
+    return factor, found, float((cross * found).sum() + bound * multipliers.sum())
+
+
+def _solve(matrix: Tensor, right: Tensor) -> Tensor:
+    """[k, k] and [k] -> [k], for a positive definite matrix whose rows are of very different sizes."""
+    scale = matrix.diagonal().rsqrt()
+    scaled = scale[:, None] * matrix * scale
+    scaled.diagonal().add_(_ROUNDING * len(matrix))
+    return scale * torch.cholesky_solve((scale * right)[:, None], torch.linalg.cholesky(scaled))[:, 0]
+
+
+def _room(values: Tensor, step: Tensor) -> float:
+    """How much of a step, 1 at most, leaves values above 0 there."""
+    return min(1.0, float(torch.where(step < 0, -0.995 * values / step, torch.inf).min()))

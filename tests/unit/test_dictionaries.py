@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedxmr.learners.dictionaries import coordinate_descent, lagrange_dual, project, residual
+from fedxmr.learners.dictionaries import JITTER, coordinate_descent, lagrange_dual, project, residual
 from fedxmr.seeding import generator
 
 SOLVERS = [lagrange_dual, coordinate_descent]
@@ -27,6 +27,11 @@ def dead(z):
 
 def equal(z):
     z[3] = z[5]
+    return z
+
+
+def nearly_equal(z):
+    z[3] = z[5] + 1e-6 * torch.randn(z.shape[1], generator=generator(9, "x"), dtype=torch.float64)
     return z
 
 
@@ -70,6 +75,30 @@ def test_with_equal_atoms_few_items_or_few_dimensions_both_reach_the_minimum(d, 
     z = equal(z)
     values = [value(x, z, solve(z @ z.T, x @ z.T, 1.0)) for solve in SOLVERS]
     assert values[0] == pytest.approx(values[1], rel=1e-6, abs=1e-6 * float(x.square().sum()))
+
+
+@pytest.mark.parametrize("norm", [0.1, 1.0, 100.0])
+@pytest.mark.parametrize("shape", [(1, 20, 30), (2, 40, 30), (6, 20, 3), (100, 20, 5)], ids=str)
+@pytest.mark.parametrize("spoil", [equal, nearly_equal, dead, lambda z: z.abs() + 3])
+def test_the_dual_is_at_the_optimum_where_atoms_are_more_than_dimensions_or_items(shape, norm, spoil):
+    x, z = problem(*shape, seed=5)  # with which steps projected on L >= 0 zigzag where two of 20 are nearly equal
+    z = spoil(z)
+    found = lagrange_dual(z @ z.T, x @ z.T, norm)
+    length = found.norm(dim=0)
+    # least cost: the fall that is left is along columns that have their full length, and outward
+    fall = x @ z.T - found @ (z @ z.T + JITTER * (z @ z.T).diagonal().mean() * torch.eye(len(z)))
+    outward = (fall * found).sum(0) / length.clamp(min=1e-12)
+    rest = (fall - outward * found / length.clamp(min=1e-12)).norm(dim=0)
+    size = float((x @ z.T).norm(dim=0).max())
+    assert float(rest.max()) < 1e-6 * size
+    assert float(outward.min()) > -1e-6 * size
+    assert float((outward * (norm - length)).abs().max()) < 1e-6 * size * norm
+
+
+@pytest.mark.parametrize("norm", [1.0, 1000.0])
+def test_features_that_are_all_zero_have_a_dictionary_of_zeros(norm):
+    _, z = problem()
+    assert not any(solve(z @ z.T, torch.zeros(5, len(z)).double(), norm).any() for solve in SOLVERS)
 
 
 @pytest.mark.parametrize("solve", SOLVERS)
