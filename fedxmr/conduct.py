@@ -9,19 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
+from threading import Lock
 from typing import Any
 
 from rich.progress import Progress
 
 from fedxmr.checkpoint import rounds
-from fedxmr.commands import BAD_INPUT, QUIET
+from fedxmr.commands import BAD_INPUT, INTERRUPTED, QUIET
 from fedxmr.config import Config, read_yaml, resolve
-from fedxmr.errors import FederationError, InputError
+from fedxmr.errors import FederationError, InputError, one_line
 from fedxmr.experiment import Plan, Row, Trial, configured
-from fedxmr.recording import read_lines
+from fedxmr.recording import claimed, read_lines
 from fedxmr.state import load
 from fedxmr.types import State
 
@@ -76,8 +77,18 @@ class Results:
 def conduct(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> Results:
     """Tune every method on validation, then run every row at every seed.
 
-    workers: runs side by side, each with one thread. Raises FederationError for a run that fails.
+    workers: runs side by side, each with one thread. Raises FederationError for a run that fails, and InputError for a
+    folder that cannot be used, or that another process uses.
     """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: expected a folder for the runs, got {one_line(error)}") from error
+    with claimed(out):
+        return _conduct(plan, base, out, workers)
+
+
+def _conduct(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> Results:
     tried = _tune(plan, base, out / "tuning", workers)
     chosen: dict[str, Trial] = {name: method.trials()[0] for name, method in plan.methods.items() if method.grid}
     chosen |= {name: max(trials, key=lambda t: t[1])[0] for name, trials in tried.items()}
@@ -117,18 +128,57 @@ def _tune(plan: Plan, base: Mapping[str, Any], out: Path, workers: int) -> dict[
 def _run_all(wanted: Mapping[Path, Config], workers: int, what: str) -> dict[Path, Run]:
     """Run what has not ended yet, some side by side. Raises FederationError for the first that fails."""
     missing = {folder: config for folder, config in wanted.items() if not _ended(folder, config)}
+    processes = Processes()
     with Progress() as progress, ThreadPoolExecutor(workers) as pool:
         task = progress.add_task(what, total=len(wanted), completed=len(wanted) - len(missing))
         try:
-            for _ in pool.map(_run_one, missing, missing.values()):
+            for _ in pool.map(partial(_run_one, processes), missing, missing.values()):
                 progress.advance(task)
         except BaseException:
+            processes.end()  # they go on from their checkpoints later
             pool.shutdown(cancel_futures=True)
             raise
     return {folder: Run(config, folder) for folder, config in wanted.items()}
 
 
-def _run_one(folder: Path, config: Config) -> None:
+class Processes:
+    """The runs at work, to be ended together."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[str]] = set()
+        self._ended = False
+        self._lock = Lock()
+
+    def simulate(self, arguments: Sequence[str]) -> tuple[int, str]:
+        """Run `fedxmr.simulate`: its exit code, and why it failed where it did."""
+        command = [sys.executable, "-m", "fedxmr.simulate", *arguments, "--no-pictures"]
+        with self._lock:
+            if self._ended:
+                return INTERRUPTED, "ended with the others"
+            process = subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, **QUIET},
+            )
+            self._running.add(process)
+        _, said = process.communicate()
+        with self._lock:
+            self._running.discard(process)
+        lines = said.strip().splitlines() or ["no message"]
+        why = next((line for line in lines if line.startswith("error: ")), lines[-1])
+        return process.returncode, why.removeprefix("error: ")
+
+    def end(self) -> None:
+        """End those at work, as SIGTERM does, and start no others."""
+        with self._lock:
+            self._ended = True
+            for process in self._running:
+                process.terminate()
+
+
+def _run_one(processes: Processes, folder: Path, config: Config) -> None:
     """One run in a process of its own, with one thread; from its checkpoint where it has one that can be gone on from.
 
     Raises FederationError with the reason it gives.
@@ -136,31 +186,26 @@ def _run_one(folder: Path, config: Config) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     code, why = BAD_INPUT, ""
     if _is_of(folder, config) and rounds(folder):
-        code, why = _simulate(["--resume", str(folder)])
+        code, why = processes.simulate(["--resume", str(folder)])
     if code == BAD_INPUT:  # nothing to go on from, or a resume that is refused
         file = folder.with_name(f"{folder.name}.yaml")
         file.write_text(config.to_yaml(), encoding="utf-8")
         # several runs share this machine and its GPU, so each is one process
         engine = [] if config.runtime.engine != "auto" or config.runtime.only_ray else ["--engine", "local"]
         arguments = ["--config", str(file), "--threads", "1", *engine, "--out", str(folder), "--overwrite"]
-        code, why = _simulate(arguments)
+        code, why = processes.simulate(arguments)
     if code:
         raise FederationError(f"{folder}: {why}")
 
 
-def _simulate(arguments: Sequence[str]) -> tuple[int, str]:
-    """Run `fedxmr.simulate`: its exit code, and why it failed where it did."""
-    command = [sys.executable, "-m", "fedxmr.simulate", *arguments, "--no-pictures"]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **QUIET})
-    lines = ended.stderr.strip().splitlines() or ["no message"]
-    why = next((line for line in lines if line.startswith("error: ")), lines[-1])
-    return ended.returncode, why.removeprefix("error: ")
-
-
 def _ended(folder: Path, config: Config) -> bool:
-    """Whether this very run has ended in this folder."""
-    ends = ("summary.json", "retrieval.json", "precisions.safetensors")
-    return all((folder / name).is_file() for name in ends) and _is_of(folder, config)
+    """Whether this very run has ended in this folder, with nothing of its results damaged."""
+    run = Run(config, folder)
+    try:
+        whole = "test" in run.summary and "clients" in run.retrieval and "commit" in run.environment
+        return whole and bool(run.precisions) and bool(run.metrics()) and _is_of(folder, config)
+    except (OSError, ValueError, InputError):
+        return False
 
 
 def _is_of(folder: Path, config: Config) -> bool:

@@ -37,9 +37,22 @@ from fedxmr.strategies import StrategyConfig, preset
 
 
 class _Loader(yaml.SafeLoader):
-    """The booleans of YAML 1.2, true and false alone: under 1.1 the key of `evaluation: {on: all-test}` is True."""
+    """The booleans of YAML 1.2, true and false alone: under 1.1 the key of `evaluation: {on: all-test}` is True.
+
+    A key that a mapping has twice is an error, of which YAML's own loader takes the last.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"the key {key.value!r} twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
+_MERGE = "tag:yaml.org,2002:merge"
 _BOOL = "tag:yaml.org,2002:bool"
 _Loader.yaml_implicit_resolvers = {
     first: [resolver for resolver in resolvers if resolver[0] != _BOOL]
@@ -320,7 +333,7 @@ def parse_yaml(text: str, source: str) -> dict[str, Any]:
     """A YAML mapping; the empty text is the empty one. Raises InputError naming `source`."""
     try:
         tree = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{source}: not YAML: {' '.join(str(error).split())}") from error
     if tree is None:
         return {}

@@ -35,7 +35,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError, model_validator
 
 from fedxmr.config import Config, merged, nested, one_line, override, read_yaml, resolve
 from fedxmr.errors import InputError, unknown
@@ -45,6 +45,8 @@ SECTIONS = ("experiment", "sweep")
 
 MAX_NAME = 100
 """Characters of a folder's name; file systems take 255 bytes."""
+
+MAX_SEEDS = 1000
 
 NOT_METHODS = ("", ".", "..", "tuning", "figures")
 """What no method may be called: an experiment's folder has these for something else."""
@@ -134,7 +136,7 @@ class Plan(_Section):
 
     methods: dict[str, Method] = Field(min_length=1)
     title: str = ""
-    seeds: PositiveInt = 5
+    seeds: int = Field(5, ge=1, le=MAX_SEEDS)
     reference: str | None = Field(None, description="the method others are compared with; null: the first")
     tuning_seeds: list[NonNegativeInt] = Field([100], min_length=1)
     published: Published | None = None
@@ -164,7 +166,7 @@ class Plan(_Section):
             raise ValueError(f"methods: expected the same number of validation trials for every one, got {shown}")
         if min(counts.values()) == 0:
             raise ValueError("methods: expected values of every key of a grid, got none")
-        if set(self.tuning_seeds) & set(range(self.seeds)):
+        if min(self.tuning_seeds) < self.seeds:
             raise ValueError(f"tuning_seeds: {self.tuning_seeds} are among the reported seeds 0 to {self.seeds - 1}")
         return self
 
@@ -204,7 +206,10 @@ def read_experiment(path: Path, assignments: Sequence[str] = ()) -> tuple[Plan, 
         plan = Plan.model_validate(_with_sweep(path, base, experiment, sweep))
     except ValidationError as error:
         raise InputError(f"{path}: {one_line(error, Plan, ['experiment'])}") from error
+    different = _configurations(path, plan, base)
     plan, base = _overridden(plan, base, assignments)
+    if assignments and len(_configurations(path, plan, base)) < len(different):
+        raise InputError(f"{path}: {', '.join(assignments)} makes methods the same that differ, expected another key")
     tasks: dict[str, str] = {}
     for row in plan.rows():
         method = plan.methods[row.method]
@@ -220,6 +225,19 @@ def read_experiment(path: Path, assignments: Sequence[str] = ()) -> tuple[Plan, 
         got = " and ".join(f"{task} ({label})" for task, label in tasks.items())
         raise InputError(f"{path}: expected one dataset.task for all methods, got {got}")
     return plan, base
+
+
+def _configurations(path: Path, plan: Plan, base: Mapping[str, Any]) -> set[str]:
+    """The different configurations among the rows, untuned. Raises InputError for what is none."""
+    found = set()
+    for row in plan.rows():
+        method = plan.methods[row.method]
+        try:
+            config = configured(base, method, dict(row.point), 0)
+        except InputError as error:
+            raise InputError(f"{path}: method {row.label}: {error}") from error
+        found.add(config.experiment)
+    return found
 
 
 def _with_sweep(path: Path, base: Mapping[str, Any], experiment: Any, sweep: Any) -> dict[str, Any]:

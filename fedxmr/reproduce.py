@@ -10,7 +10,7 @@ import typer
 
 from fedxmr import commands
 from fedxmr.commands import option, say
-from fedxmr.errors import InputError
+from fedxmr.errors import InputError, one_line
 
 if TYPE_CHECKING:
     from fedxmr.tables import Table
@@ -34,21 +34,23 @@ def reproduce(
     ended are not run again, so an interrupted experiment goes on where it was. KEY=VALUE holds for every method.
     """
     from fedxmr.conduct import conduct
-    from fedxmr.experiment import folder_name, read_experiment
+    from fedxmr.experiment import MAX_SEEDS, folder_name, read_experiment
     from fedxmr.experiment_report import as_csv, as_json, compare, notes, tables
     from fedxmr.figures import draw
     from fedxmr.machine import cores
-    from fedxmr.recording import write_json
+    from fedxmr.recording import write_json, write_text
 
     if workers is not None and workers < 1:
         raise InputError(f"--workers: expected 1 or more, got {workers}")
     plan, base = read_experiment(file, assignments or [])
     plan = plan.only(method) if method else plan
     if seeds is not None:
-        if seeds < 1 or set(plan.tuning_seeds) & set(range(seeds)):
-            raise InputError(f"--seeds: expected 1 to {min(plan.tuning_seeds)}, got {seeds}")
+        if not 1 <= seeds <= (most := min(*plan.tuning_seeds, MAX_SEEDS)):
+            raise InputError(f"--seeds: expected 1 to {most}, got {seeds}")
         plan = plan.model_copy(update={"seeds": seeds})
     out = out or Path("runs") / folder_name(",".join([file.stem, *(assignments or [])]))
+    if into is not None:
+        with_section(_page(into), out.name, "")  # better refused now than after all runs
     try:
         results = conduct(plan, base, out, workers or cores())
     except BaseException as error:
@@ -63,15 +65,24 @@ def reproduce(
         said.append(f"Title, what is published and what differs are of the file without {', '.join(assignments)}.")
     text = _markdown(shlex.join(command), found, said)
     (out / "results.md").write_text(text, encoding="utf-8")
-    if into is not None:
-        page = into.read_text(encoding="utf-8") if into.exists() else ""
-        into.write_text(with_section(page, out.name, text), encoding="utf-8")
     (out / "results.tex").write_text("\n".join(table.latex() for table in found), encoding="utf-8")
     (out / "results.csv").write_text(as_csv(plan, results), encoding="utf-8")
     write_json(out / "results.json", as_json(plan, results, compared))
+    if into is not None:
+        write_text(into, with_section(_page(into), out.name, text))
     for path in draw(plan, results, figures or out / "figures"):
         say(f"drawn: {path}")
     say(text)
+
+
+def _page(path: Path) -> str:
+    """A page's text; none where there is no such file yet. Raises InputError for what is no page."""
+    if not path.parent.is_dir():
+        raise InputError(f"--into {path}: expected a folder {path.parent}, got nothing there")
+    try:
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--into {path}: expected a Markdown page, got {one_line(error)}") from error
 
 
 def with_section(page: str, name: str, text: str) -> str:

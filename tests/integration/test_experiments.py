@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fedxmr import commands
-from fedxmr.conduct import Run, _run_one, conduct
+from fedxmr.conduct import Processes, Run, _ended, _run_one, conduct
 from fedxmr.config import read_yaml, resolve
 from fedxmr.data import DATASETS
 from fedxmr.errors import InputError
@@ -371,12 +371,45 @@ def test_an_interrupted_run_goes_on_from_its_checkpoint(experiment):
     tree.pop("experiment")
     config = resolve({**tree, "federation": {"rounds": 2, "checkpoint_every": 1}})
     folder = experiment.parent / "run"
-    _run_one(folder, config)
+    _run_one(Processes(), folder, config)
+    assert _ended(folder, config)
+    for name in ("summary.json", "retrieval.json", "precisions.safetensors", "metrics.jsonl"):
+        content = (folder / name).read_bytes()
+        (folder / name).write_bytes(content[: len(content) // 2])
+        assert not _ended(folder, config), name  # damaged: it is run again
+        (folder / name).write_bytes(content)
     (folder / "summary.json").unlink()
     begun = (folder / "environment.json").stat().st_mtime_ns
-    _run_one(folder, config)
+    _run_one(Processes(), folder, config)
     assert (folder / "summary.json").is_file()
     assert (folder / "environment.json").stat().st_mtime_ns == begun
+
+
+def test_runs_are_ended_together_and_none_is_begun_after():
+    processes = Processes()
+    endless = ["--dataset", "synthetic", "--rounds", "100000", "--out", "/dev/null/none"]
+    processes.end()
+    assert processes.simulate(endless) == (commands.INTERRUPTED, "ended with the others")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--into", "."], "--into .: expected a Markdown page"),
+        (["--into", "none/page.md"], "--into none/page.md: expected a folder none"),
+        (["--into", "page.md"], "expected '<!-- end: out -->'"),
+        (["--seeds", "1000000000000"], "--seeds: expected 1 to 100"),
+        (["strategy=fedavg"], "strategy=fedavg makes methods the same that differ"),
+        (["seed=1"], "seed"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_runs(experiment, capsys, arguments, says):
+    (experiment.parent / "page.md").write_text("<!-- begin: out -->\n")
+    assert commands.run(reproduce, [str(experiment), "--out", "out", *arguments]) == commands.BAD_INPUT
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+    assert not (experiment.parent / "out").exists()
 
 
 def test_less_than_one_worker_is_refused(experiment, capsys):

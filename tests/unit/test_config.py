@@ -75,3 +75,16 @@ def test_what_is_measured_on_needs_no_quotes():
 def test_a_switch_still_takes_yes_and_no():
     assert Config.from_yaml("federation: {tolerate_failures: yes}").federation.tolerate_failures is True
     assert resolve(override({}, ["learner.shuffle=off"])).model_dump()["learner"]["shuffle"] is False
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("seed: 1\nlearner: drsl\nseed: 2", "the key 'seed' twice"), ("dataset: " + "[" * 3000, "not YAML")],
+)
+def test_yaml_that_says_a_thing_twice_or_nests_without_end_is_one_line(text, says):
+    with pytest.raises(InputError, match=says):
+        parse_yaml(text, "a file")
+
+
+def test_what_is_merged_in_is_not_said_twice():
+    assert parse_yaml("a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}", "a file")["b"] == {"x": 3, "y": 2}
