@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from itertools import permutations
+from typing import Any
 
 import torch
 
@@ -97,9 +98,34 @@ def check(config: Config, data: Dataset) -> None:
 
 
 def remarks(config: Config, data: Dataset) -> tuple[str, ...]:
-    """What a user should know of the learner on this data, one line each: a learner's `remarks`, where it has them."""
+    """What a user should know of the learner on this data, one line each: a learner's `remarks`, where it has them.
+
+    And what becomes of a learner in closed form, with statistics, where the strategy is not made for it.
+    """
     of = getattr(learner_class(config.learner.name), "remarks", None)
-    return tuple(of(config.learner.options, data.spec)) if of else ()
+    own = tuple(of(config.learner.options, data.spec)) if of else ()
+    learner = build_learner(config.learner, data.spec, torch.device("cpu"), None)
+    return (*own, *_closed_form(config, learner)) if learner.statistics else own
+
+
+def _closed_form(config: Config, learner: Learner) -> Iterator[str]:
+    federation, strategy = config.federation, config.strategy
+    if strategy.joint_fraction < 1:
+        yield (
+            f"{config.learner.name} solves anew in every stage: the enhancement on the items held back forgets much of "
+            "what was merged; strategy.joint_fraction=1 has none"
+        )
+    if not shared_names(strategy, learner) & learner.statistics:
+        return
+    exact: Mapping[str, tuple[Any, Any]] = {
+        "federation.epochs": (federation.epochs, 1),
+        "strategy.weigh": (strategy.weigh, "examples"),
+        "strategy.merge": (strategy.merge, "replace"),
+        "strategy.joint_fraction": (strategy.joint_fraction, 1),
+        "strategy.server_step": (strategy.server_step, 1),
+    }
+    if other := [f"{key}={needed}, not {has}" for key, (has, needed) in exact.items() if has != needed]:
+        yield f"sharing statistics is training on pooled data, round by round, only with {'; '.join(other)}"
 
 
 def own_device(config: Config) -> torch.device:

@@ -80,7 +80,20 @@ def preset(name: str) -> dict[str, Any]:
 
 
 def shared_names(config: StrategyConfig, learner: Learner) -> frozenset[str]:
-    """The names of the learner's state that clients share. Raises InputError where the learner has nothing such."""
+    """The names of the learner's state that clients share.
+
+    Raises InputError where the learner has nothing such, and for FedProx's term on what is not trained but summed.
+    """
+    names = _chosen_names(config, learner)
+    if config.mu and names & learner.statistics:
+        raise InputError(
+            f"strategy.mu={config.mu:g}: FedProx holds trained parameters near those received, expected strategy.share "
+            f"to have no statistics, got {config.share}"
+        )
+    return names
+
+
+def _chosen_names(config: StrategyConfig, learner: Learner) -> frozenset[str]:
     why_not = getattr(learner, "unshared", None)
     if why_not and config.share != "nothing":
         raise InputError(

@@ -29,16 +29,17 @@ part, or are silent:
 
 Federation. Codes and dictionaries are what they are up to a rotation, so all of D_m and U spans the common space: U
 alone transfers nothing. `load` scales averaged and extrapolated columns back to the bound. An epoch solves for them
-anew, so FedCMR's enhancement on a fifth of the items forgets much of what was merged (`strategy.joint_fraction=1` has
-none). FedProx is in closed form: mu/2 |D - D_t|^2 beside w |X - D Z|^2 / n adds mu/2 I to w A and mu/2 D_t to w B, of
-each dictionary.
+anew, so FedCMR's enhancement on a fifth of the items forgets much of what was merged. On Wikipedia, with three clients,
+mAP is .197 on SIFT and .237 on CNN features with it, .226 and .318 without (`strategy.joint_fraction=1`), .219 and .289
+alone, .228 and .323 pooled. FedProx is in closed form: mu/2 |D - D_t|^2 beside w |X - D Z|^2 / n adds mu/2 I to w A and
+mu/2 D_t to w B, of each dictionary.
 
 `share: statistics`, the exact way. For each dictionary the state has A = Z Z' / n and B = X Z' / n of the last epoch, n
 the client's items; their means weighted by n are A and B of all items together. `load` of these without the dictionary
 solves for it, alike on everybody. With FedAvg, `federation.epochs=1` and paired items every round is then one of
 centralised training, whoever has which classes, items or modalities: of a modality only its owners share, and A and B
 times one factor have the same solution. No code is in the state or kept, but A and B of one item tell that item, and of
-fewer items than k much of them.
+fewer items than k much of them. Rounding shows as 1e-12, or as 1e-7 where all clients together have fewer items than k.
 """
 
 from __future__ import annotations

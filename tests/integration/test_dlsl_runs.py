@@ -13,8 +13,10 @@ import torch
 import fedxmr
 from fedxmr import commands
 from fedxmr.centralized import centralized
+from fedxmr.errors import InputError
 from fedxmr.learners.dlsl import DLSL
 from fedxmr.rounds import Client
+from fedxmr.setting import check, remarks
 from fedxmr.simulate import run
 from fedxmr.sources import dataset, parts
 from fedxmr.state import load
@@ -123,6 +125,34 @@ def test_sharing_statistics_is_centralised_training_in_every_round(division, tmp
         found = fedxmr.load(tmp_path / "exact", client, "last").learner.state()
         for name in ("dictionaries.image", "dictionaries.text", "map"):
             torch.testing.assert_close(found[name], expected[name], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("share", ["statistics", "[dictionaries.*, statistics.map.*]"])
+def test_fedprox_with_statistics_is_refused_before_the_run(share):
+    config = configured("strategy=fedprox", f"strategy.share={share}", base=BASE)
+    with pytest.raises(InputError, match=r"strategy\.mu=0\.2: .* expected strategy\.share to have no statistics, got"):
+        check(config, dataset(config))
+
+
+@pytest.mark.parametrize(
+    ("assignments", "says"),
+    [
+        (EXACT, []),
+        (("strategy=fedavg",), []),
+        (("strategy=local",), []),
+        (("strategy=fedcmr",), ["strategy.joint_fraction=1 has none"]),
+        ((*EXACT, "federation.epochs=2"), ["only with federation.epochs=1, not 2"]),
+        (
+            ("strategy=fedcmr", "strategy.share=statistics", "federation.epochs=1", "strategy.joint_fraction=1"),
+            ["only with strategy.weigh=examples, not gompertz; strategy.merge=replace, not smooth"],
+        ),
+    ],
+)
+def test_a_run_says_what_becomes_of_closed_form_solving_and_when_it_is_not_pooled_training(assignments, says):
+    config = configured(*assignments, base=BASE)
+    found = remarks(config, dataset(config))
+    assert len(found) == len(says)
+    assert all(words in remark for words, remark in zip(says, found, strict=True))
 
 
 @pytest.mark.parametrize("strategy", ["fedcmr", "statistics"])
