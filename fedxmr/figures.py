@@ -32,8 +32,10 @@ DPI = 110
 MAX_CLIENTS = 5
 """A sweep of one method draws a curve of each client, where there are no more."""
 
-STYLES = ("--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)))
-"""Of horizontal lines, which all are grey."""
+LEVELS = (
+    ("--", "tab:grey"), ("-.", "tab:brown"), (":", "tab:pink"), ((0, (5, 1)), "tab:olive"), ((0, (3, 1)), "tab:cyan"),
+)  # fmt: skip
+"""Styles and colours of horizontal lines; curves have the first of matplotlib's colours."""
 
 MUCH = 20
 """Numbers whose largest is as many times the smallest are drawn on a logarithmic scale."""
@@ -205,19 +207,22 @@ def _places(axes: Axes, values: Sequence[Any]) -> Callable[[Any], float]:
 
 
 def _figure(title: str, x: str, y: str) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    return figure, figure.add_subplot(xlabel=x, ylabel=y, title="\n".join(textwrap.wrap(title, 70)))
+    figure = Figure(figsize=(7.5, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel=x, ylabel=y)
+    axes.set_title("\n".join(textwrap.wrap(title, 70)), fontsize="medium")
+    return figure, axes
 
 
 def _legend(figure: Figure) -> Figure:
     if figure.axes[0].get_legend_handles_labels()[0]:
-        figure.axes[0].legend(fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small")
     return figure
 
 
 def _level(axes: Axes, name: str, level: float, number: int) -> None:
     """A horizontal line, in the number-th of the styles."""
-    axes.axhline(level, color="grey", linestyle=STYLES[number % len(STYLES)], label=name)
+    style, colour = LEVELS[number % len(LEVELS)]
+    axes.axhline(level, color=colour, linestyle=style, label=name)
 
 
 def _band(axes: Axes, name: str, x: Array, of_seeds: Sequence[Array], marker: str = "") -> None:
