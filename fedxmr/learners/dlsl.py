@@ -81,7 +81,10 @@ class DLSLConfig(BaseModel):
     pairing: Literal["instance", "class_mean"] | None = Field(
         None, description="who belongs together: an item's features, or a class's; null: a class's if no item has two"
     )
-    solver: Literal["dual", "coordinate"] = Field("dual", description="for the dictionaries; one solution, two ways")
+    solver: Literal["dual", "coordinate"] = Field(
+        "dual",
+        description="for the dictionaries: one solution, two ways; coordinate is slow, and cut short at 2000 sweeps",
+    )
 
 
 class _Block(NamedTuple):
