@@ -20,8 +20,6 @@ from fedxmr.tables import Table
 MAX_DIRECTIONS = 2
 """With more than two modalities a table shows the average alone; results.json has every direction."""
 
-Scores = Mapping[str, float]
-
 
 @dataclass(frozen=True)
 class Compared:
