@@ -27,7 +27,8 @@ class Events:
 
     def __init__(self, folder: Path, first: int | None = None) -> None:
         """first: what earlier files hold of this step and later ones is not shown."""
-        file = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files)}"
+        # TensorBoard reads a folder's files in the order of their names
+        file = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_files):08d}"
         self._file = (folder / file).open("xb")
         self._records = RecordWriter(self._file)
         self._write(Event(file_version="brain.Event:2"))
