@@ -206,10 +206,12 @@ def read_experiment(path: Path, assignments: Sequence[str] = ()) -> tuple[Plan, 
         plan = Plan.model_validate(_with_sweep(path, base, experiment, sweep))
     except ValidationError as error:
         raise InputError(f"{path}: {one_line(error, Plan, ['experiment'])}") from error
-    different = _configurations(path, plan, base)
-    plan, base = _overridden(plan, base, assignments)
-    if assignments and len(_configurations(path, plan, base)) < len(different):
-        raise InputError(f"{path}: {', '.join(assignments)} makes methods the same that differ, expected another key")
+    if assignments:
+        different = _configurations(path, plan, base)
+        plan, base = _overridden(plan, base, assignments)
+        if len(_configurations(path, plan, base)) < len(different):
+            same = ", ".join(assignments)
+            raise InputError(f"{path}: {same} makes methods the same that differ, expected another key")
     tasks: dict[str, str] = {}
     for row in plan.rows():
         method = plan.methods[row.method]
