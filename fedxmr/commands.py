@@ -150,29 +150,46 @@ def say(line: object) -> None:
     Console(highlight=False).print(line, soft_wrap=isinstance(line, str), markup=False)
 
 
-def main(command: Callable[..., None]) -> NoReturn:
+Command = Callable[..., None]
+"""A command's function: its parameters are the options, its docstring the help."""
+
+
+def main(command: Command | Mapping[str, Command], about: str | None = None) -> NoReturn:
     """Run a command as a program, and end at once: Python's own shutdown, with all that was imported, takes seconds."""
-    code = run(command)
+    code = run(command, about=about)
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):  # nobody reads it
             stream.flush()
     os._exit(code)
 
 
-def run(command: Callable[..., None], arguments: Sequence[str] | None = None) -> int:
-    """Run a command's function on the command line's arguments; returns the exit code."""
+def run(
+    command: Command | Mapping[str, Command], arguments: Sequence[str] | None = None, about: str | None = None
+) -> int:
+    """Run a command's function on the command line's arguments; returns the exit code.
+
+    command: one, or several by name, of which the first argument chooses; about: what several have in common.
+    """
     os.environ.update(QUIET)
-    application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+    application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=about)
     caught: list[BaseException] = []
 
-    @functools.wraps(command)
-    def catching(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except BaseException as error:  # typer would turn some into exit codes of its own
-            caught.append(error)
+    def catching(command: Command) -> Command:
+        @functools.wraps(command)
+        def caught_in(*args: Any, **kwargs: Any) -> None:
+            try:
+                command(*args, **kwargs)
+            except BaseException as error:  # typer would turn some into exit codes of its own
+                caught.append(error)
 
-    application.command()(catching)
+        return caught_in
+
+    if isinstance(command, Mapping):
+        application.callback()(lambda: None)  # else one alone would lose its name
+        for name, one in command.items():
+            application.command(name)(catching(one))
+    else:
+        application.command()(catching(command))
     ended = Ended()
     try:
         with ended.by_signals():
