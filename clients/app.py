@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from clients.residents import residents
-from fedxmr import wire
+from clients.residents import Place, residents
+from fedxmr import recording, wire
 from fedxmr.models import save_models
 from fedxmr.snapshot import Snapshot
 from fedxmr.timing import clock
@@ -20,7 +18,7 @@ app = ClientApp()
 def start(message: Message, context: Context) -> Message:
     """Say who this client is."""
     with clock.part("start_up"):
-        registration = residents.welcome(context).register()
+        registration = residents.welcome(context, _place(message, context)).register()
     return Message(wire.pack_registration(registration), reply_to=message)
 
 
@@ -28,7 +26,7 @@ def start(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Do one task of a round."""
     task = wire.unpack_task(message.content)
-    with residents.at_work(context, task.base) as client:
+    with residents.at_work(context, _place(message, context), task.base) as client:
         update = client.take_part(task)
     return Message(wire.pack_update(update), reply_to=message)
 
@@ -36,32 +34,35 @@ def train(message: Message, context: Context) -> Message:
 @app.query("checkpoint")
 def checkpoint(message: Message, context: Context) -> Message:
     """In a simulation: write this client's state into the run folder."""
-    asked = wire.unpack_checkpoint(message.content)
-    with clock.part("state"), residents.at_work(context, asked.base) as client:
+    asked, place = wire.unpack_checkpoint(message.content), _place(message, context)
+    with clock.part("state"), residents.at_work(context, place, asked.base) as client:
         client.return_to(asked.base)
-        client.snapshot().save(_out(context) / asked.file, client.owner)
+        client.snapshot().save(place.out / asked.file, client.owner)
     return Message(wire.pack_checkpoint(asked), reply_to=message)
 
 
 @app.query("restore")
 def restore(message: Message, context: Context) -> Message:
     """In a simulation: go back to a state in the run folder."""
-    asked = wire.unpack_checkpoint(message.content)
-    with clock.part("state"), residents.at_work(context, asked.base) as client:
-        client.roll_back(Snapshot.load(_out(context) / asked.file, client.owner))
+    asked, place = wire.unpack_checkpoint(message.content), _place(message, context)
+    with clock.part("state"), residents.at_work(context, place, asked.base) as client:
+        client.roll_back(Snapshot.load(place.out / asked.file, client.owner))
     return Message(wire.pack_checkpoint(asked), reply_to=message)
 
 
 @app.query("finish")
 def finish(message: Message, context: Context) -> Message:
     """Hold the final models, and say how good they are."""
-    farewell = wire.unpack_farewell(message.content)
-    with residents.at_work(context, farewell.base) as client:
+    farewell, place = wire.unpack_farewell(message.content), _place(message, context)
+    with residents.at_work(context, place, farewell.base) as client:
         report = client.finish(farewell)
         with clock.part("state"):
-            save_models(_out(context) / "clients" / str(client.client), client.models())
+            save_models(place.out / "clients" / str(client.client), client.models())
+            if place.data is not None:  # with it, fedxmr.load takes the folder for a run's
+                recording.write_text(place.out / "config.yaml", str(context.run_config["config"]))
     return Message(wire.pack_report(report), reply_to=message)
 
 
-def _out(context: Context) -> Path:
-    return Path(str(context.run_config["out"]))
+def _place(message: Message, context: Context) -> Place:
+    """Where the client that a message is for lives. Raises WireError, InputError."""
+    return Place.of(context, wire.experiment(message.content))

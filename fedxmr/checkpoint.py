@@ -1,11 +1,12 @@
-"""A simulation's checkpoints: the server's state and every client's, together or not at all.
+"""Checkpoints: the server's state and, in a simulation, every client's, together or not at all.
 
     checkpoint/round-10/server.safetensors      shared arrays, and all the server knows besides
     checkpoint/round-10/client-0.safetensors    one for every client that has taken part
 
 A checkpoint is written beside its place and renamed; the newest two are kept. A state that has not changed since the
-one before is linked, not written again. Every file says which experiment it belongs to (`Config.experiment`), and the
-server's has the checksums of all others.
+one before is linked, not written again. Every file says which experiment it belongs to, and the server's has the
+checksums of all others. In a deployment the clients keep their own states, the newest two, so there is a checkpoint
+after every round.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from fedxmr import state
-from fedxmr.config import Config
 from fedxmr.errors import InputError
 from fedxmr.types import State
 
@@ -43,18 +43,25 @@ def begin(out: Path, round: int) -> str:
 
 
 def complete(
-    out: Path, config: Config, server: State, standing: dict[str, Any], unchanged: Iterable[int], before: int
+    out: Path,
+    experiment: str,
+    server: State,
+    standing: dict[str, Any],
+    *,
+    until: int,
+    unchanged: Iterable[int],
+    before: int,
 ) -> None:
     """Add the server's state and the unchanged clients' of checkpoint `before`, put all in place, drop old ones.
 
-    standing: what `newest` gives back, its round included.
+    standing: what `newest` gives back, its round included. until: the last round that the run is to have.
     """
     round = standing["round"]
     begun = out / f"checkpoint/.round-{round}"
     for client in unchanged:
         _link(out / folder(before) / client_file(client), begun / client_file(client))
     files = {path.name: state.fingerprint(path) for path in sorted(begun.glob("client-*"))}
-    about = {"experiment": config.experiment, "rounds": config.federation.rounds, "standing": standing, "files": files}
+    about = {"experiment": experiment, "rounds": until, "standing": standing, "files": files}
     state.save(begun / "server.safetensors", server, about)
     shutil.rmtree(out / folder(round), ignore_errors=True)
     begun.rename(out / folder(round))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from statistics import fmean
 from typing import Any
@@ -18,6 +18,7 @@ from torch import Tensor
 from fedxmr import state
 from fedxmr.errors import FederationError
 from fedxmr.evaluation import key
+from fedxmr.machine import versions
 from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
 from fedxmr.scaling import Moments, Scaler
 from fedxmr.types import State
@@ -39,15 +40,35 @@ def check_registrations(registrations: Sequence[Registration], clients: int) -> 
         ("number of classes", lambda r: r.spec.num_classes),
         ("class vectors", lambda r: _sha256(r.spec.class_vectors)),
         ("seen classes", lambda r: _sha256(r.spec.seen)),
-        ("versions", lambda r: dict(r.versions)),
         ("seeded initial state", lambda r: r.initial_sha256),
     ):
         wrong += _disagreements(what, {r.client: of(r) for r in registrations})
     for modality in sorted({modality for r in registrations for modality in r.held}):
         standardised = {r.client: modality in r.moments for r in registrations if modality in r.held}
         wrong += _disagreements(f"standardisation of {modality}", standardised)
+    wrong += [
+        f"client {r.client}: versions: expected the server's {versions()}, got {dict(r.versions)}"
+        for r in registrations
+        if r.versions != versions()
+    ]
     if wrong:
         raise FederationError("\n".join(wrong))
+
+
+def fingerprint(registration: Registration) -> str:
+    """A digest of what a client says of its data, by which a resumed run sees that they are still the same."""
+    r = registration
+    arrays: State = {"class_counts": r.class_counts}
+    for modality, moments in r.moments.items():
+        arrays |= {f"mean/{modality}": moments.mean, f"centred/{modality}": moments.centred}
+    counts = {"": torch.tensor([r.n, *(r.held.get(modality, 0) for modality in sorted(r.spec.dims))])}
+    return state.sha256(arrays | counts)
+
+
+def check_unchanged(before: Mapping[int, str], now: Mapping[int, str]) -> None:
+    """Every client's data are those that the run began with, by their fingerprints. Raises FederationError."""
+    if changed := [client for client, fingerprint in now.items() if before.get(client) != fingerprint]:
+        raise FederationError("\n".join(f"client {k}: its data have changed since the run began" for k in changed))
 
 
 def check_initial_state(registrations: Sequence[Registration], sha256: str) -> None:

@@ -22,8 +22,8 @@ from fedxmr.errors import FederationError, InputError, one_line, out_of_memory, 
 if TYPE_CHECKING:
     from fedxmr.config import Config
 
-OK, BAD_INPUT, FAILED, INTERRUPTED = 0, 2, 3, 130
-"""Exit codes: every round stood; bad input; the federation could not go on, or its disk or memory; Ctrl-C.
+OK, A_MISTAKE, BAD_INPUT, FAILED, INTERRUPTED = 0, 1, 2, 3, 130
+"""Exit codes: every round stood; a mistake in fedxmr; bad input; no going on, or no disk or memory; Ctrl-C.
 
 SIGTERM and SIGHUP end a run as Ctrl-C does, with 143 and 129. The last line says whether a run can go on.
 """
@@ -199,13 +199,14 @@ def run(
     except click.ClickException as error:
         return _complain(error.format_message(), BAD_INPUT)
     if caught:
-        return _account(caught[0], ended)
+        return account(caught[0], ended.code)
     return ended.code if code == INTERRUPTED else code
 
 
-def _account(error: BaseException, ended: Ended) -> int:
+def account(error: BaseException, interrupted: int = INTERRUPTED) -> int:
     """Say in one line why a command ended, and in another, where there is one, what can be done about it.
 
+    interrupted: the exit code where a signal has ended it.
     Returns the exit code. An error that nobody expected is raised again, to be shown whole.
     """
     match error:
@@ -214,7 +215,7 @@ def _account(error: BaseException, ended: Ended) -> int:
         case FederationError():
             return _complain(str(error), FAILED, error)
         case KeyboardInterrupt() | click.exceptions.Abort():
-            return _complain(f"interrupted by {signal.Signals(ended.code - 128).name}", ended.code, error)
+            return _complain(f"interrupted by {signal.Signals(interrupted - 128).name}", interrupted, error)
         case OSError():
             return _complain(f"{error.filename or 'a file'}: {error.strerror or error}", FAILED, error)
         case SystemExit():  # rich's, whose message is lost

@@ -29,7 +29,7 @@ from pydantic import (
     model_validator,
 )
 
-from fedxmr.data import FOLDER, Scaling, source
+from fedxmr.data import FOLDER, Scaling, own_folder, source
 from fedxmr.errors import InputError
 from fedxmr.learners import learner_class
 from fedxmr.partition import PartitionConfig
@@ -133,6 +133,8 @@ class DatasetConfig(_Named):
     def _check(self) -> Self:
         if self.seen_share is not None and self.task == "standard":
             raise ValueError("seen_share: expected a zero-shot task, got task standard")
+        if self.name == own_folder.NAME and self.task != "standard":
+            raise ValueError(f"task: expected standard where every client has its own folder, got {self.task}")
         return self
 
     @classmethod
@@ -284,9 +286,25 @@ class Config(_Section):
             value["federation"] = {"rounds": rounds, **federation} if rounds else federation
         return value
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.deployed and self.partition != PartitionConfig():
+            raise ValueError("partition: there is nothing to divide where every client has its own folder")
+        return self
+
     def to_yaml(self) -> str:
         """The resolved configuration; `from_yaml` of it gives an equal one."""
         return yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+    @property
+    def deployed(self) -> bool:
+        """Whether the clients are on machines of their own, each with its own data."""
+        return self.dataset.name == own_folder.NAME
+
+    @property
+    def tolerant(self) -> bool:
+        """Whether a run goes on without a client that fails or is rejected, as long as enough others are good."""
+        return self.federation.tolerate_failures or self.deployed
 
     @property
     def centralized(self) -> bool:
@@ -312,7 +330,7 @@ class Config(_Section):
 
     @property
     def experiment(self) -> str:
-        """The name of the run that states belong to: a digest of its identity."""
+        """The name of the simulation that states belong to: a digest of its identity."""
         return hashlib.sha256(json.dumps(self.identity, sort_keys=True).encode()).hexdigest()[:16]
 
     @classmethod

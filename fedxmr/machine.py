@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
+from fedxmr import __version__
 from fedxmr.errors import InputError
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on all machines of a federation; of torch not what it was built for, such as +cpu."""
+    return {"fedxmr": __version__, "torch": str(torch.__version__).partition("+")[0], "flwr": version("flwr")}
 
 
 def cores() -> int:

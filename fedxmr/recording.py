@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -50,9 +51,10 @@ BEGINNINGS = ("environment.json", "partition.npz")
 """What a run folder has before it has its config.yaml."""
 
 
-def prepare(out: Path, config: Config, data: Dataset, parts: Sequence[Part], overwrite: bool) -> None:
+def prepare(out: Path, config: Config, data: Dataset | None, parts: Sequence[Part], overwrite: bool = False) -> None:
     """Make a run folder with the resolved configuration, the environment and the partition of the data.
 
+    data: None in a deployment, where there are none, but a name for the experiment, made here once and for all.
     Raises InputError where there is something already, but for what another `prepare` began and did not end; with
     `overwrite` a run folder there is removed first.
     """
@@ -67,15 +69,32 @@ def prepare(out: Path, config: Config, data: Dataset, parts: Sequence[Part], ove
                 shutil.rmtree(out)
         out.mkdir(parents=True, exist_ok=True)
         try:
-            facts = {"data_sha256": data.sha256, "scaling": scaling(config, data)}
-            write_json(out / "environment.json", {**environment(config), **facts})
-            save_partition(out / "partition.npz", parts)
+            write_json(out / "environment.json", {**environment(config), **_beginnings(config, data)})
+            if data is not None:
+                save_partition(out / "partition.npz", parts)
             write_text(out / "config.yaml", config.to_yaml())
         except OSError:
             shutil.rmtree(out, ignore_errors=True)
             raise
     except OSError as error:
         raise InputError(f"{out}: cannot be written: {error.strerror or error}") from error
+
+
+def _beginnings(config: Config, data: Dataset | None) -> dict[str, Any]:
+    """What of the environment is settled as a run begins."""
+    if data is None:
+        return {"experiment": config.experiment + secrets.token_hex(8)}
+    return {"data_sha256": data.sha256, "scaling": scaling(config, data)}
+
+
+def experiment(out: Path, config: Config) -> str:
+    """The name of the run that states belong to. Of deployments no two have the same: clients keep their states."""
+    if not config.deployed:
+        return config.experiment
+    name = read_json(out / "environment.json").get("experiment")
+    if not isinstance(name, str):
+        raise InputError(f"{out / 'environment.json'}: expected the name of the experiment, got {name!r}")
+    return name
 
 
 def _begun(path: Path) -> bool:
@@ -135,7 +154,7 @@ END_PRODUCTS = (
 """What is there only when a run has ended."""
 
 
-def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> bool:
+def reopen(out: Path, config: Config, data: Dataset | None, parts: Sequence[Part]) -> bool:
     """See that a run folder can be resumed with this configuration, and take away what only an ended run has.
 
     Returns whether all rounds are done and only the report is missing.
@@ -149,11 +168,11 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
     has = config.federation.rounds
     summary = read_json(out / "summary.json") if (out / "summary.json").is_file() else {}
     if summary.get("rounds") == has:
-        if (out / "retrieval.json").is_file():
+        if has_ended(out, config):
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
         _sweep(out, ())
         return True
-    last = verify(out, config.experiment) if rounds(out) else {}  # without one it goes on from the start
+    last = verify(out, experiment(out, config)) if rounds(out) else {}  # without one it goes on from the start
     had = max(before.federation.rounds, *(known.get("rounds", 0) for known in (summary, last)))
     if has < had:
         raise InputError(f"{out}: federation.rounds may grow, from {had}, got {has}")
@@ -168,12 +187,19 @@ def reopen(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> b
     return False
 
 
-def _check_beginnings(out: Path, config: Config, data: Dataset, parts: Sequence[Part]) -> None:
+def has_ended(out: Path, config: Config) -> bool:
+    """Whether a run has nothing left to do: in a deployment there is no report, for which one needs the data."""
+    return (out / ("summary.json" if config.deployed else "retrieval.json")).is_file()
+
+
+def _check_beginnings(out: Path, config: Config, data: Dataset | None, parts: Sequence[Part]) -> None:
     """See that a run began with this configuration and these data. Raises InputError."""
     environment = read_json(out / "environment.json")
     changed = list(_differing(environment.get("identity", {}), config.identity))
     if changed:
         raise InputError(f"{out / 'config.yaml'}: is not what the run began with; changed: {', '.join(changed)}")
+    if data is None:  # the clients say what there is to say of theirs as they register
+        return
     if environment.get("data_sha256") != data.sha256:
         raise InputError(f"{out}: cannot be resumed: the data of {data.name} have changed since it began")
     saved = load_partition(out / "partition.npz")
@@ -199,15 +225,16 @@ def _check_records(out: Path, facts: Mapping[str, Any]) -> None:
             raise InputError(f"{path}: is not what it was at the checkpoint of round {facts['round']}")
 
 
-def outlook(out: Path) -> str:
+def outlook(out: Path, config: Config) -> str:
     """How a run that has stopped can go on, for a user."""
-    trained, reported = (out / "summary.json").is_file(), (out / "retrieval.json").is_file()
-    if trained and reported:
+    if has_ended(out, config):
         return f"this run has ended; its results are in {out}"
     last = max(rounds(out), default=0)
     after = f"from the checkpoint of round {last}" if last else "from the start, as there is no checkpoint"
-    where = "with its report" if trained else after
+    where = "with its report" if (out / "summary.json").is_file() else after
     how = f"python -m fedxmr.simulate --resume {shlex.quote(str(out))}"
+    if config.deployed:
+        how = "submit it again, with the same configuration and run folder"
     return f"what was measured so far is in {out}; to go on {where}: {how}"
 
 

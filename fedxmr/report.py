@@ -40,11 +40,9 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool, examples
     examples: how much of the gallery a page of examples shows per query; 0: no page. Returns the run's summary.
     """
     summary = read_json(out / "summary.json")
-    for kind in ("rejected", "failed"):
-        for entry in summary[kind]:
-            say(f"{kind}: client {entry['client']} in round {entry['round']}: {entry['reason']}")
+    _say_who_failed(summary)
     if summary["test"]["selected"] is None:
-        say("evaluation was off" if config.evaluation.every == 0 else "no round was selected")
+        _say_why_not_measured(config)
         _close(summary, out)
         return summary
     items = data.all_test if config.evaluation.on == "all-test" else data.test
@@ -75,6 +73,27 @@ def report(config: Config, data: Dataset, out: Path, *, pictures: bool, examples
     if examples:
         say(f"examples: {out / 'pictures' / 'examples.html'}")
     return summary
+
+
+def report_deployed(config: Config, out: Path) -> None:
+    """Print the table of a run whose clients have the data, and the models: there is nothing here to measure."""
+    summary = read_json(out / "summary.json")
+    _say_who_failed(summary)
+    if summary["test"]["selected"] is None:
+        _say_why_not_measured(config)
+    else:
+        say(table(summary, _costs_by_client(out)))
+    _close(summary, out)
+
+
+def _say_why_not_measured(config: Config) -> None:
+    say("evaluation was off" if config.evaluation.every == 0 else "no round was selected")
+
+
+def _say_who_failed(summary: Mapping[str, Any]) -> None:
+    for kind in ("rejected", "failed"):
+        for entry in summary[kind]:
+            say(f"{kind}: client {entry['client']} in round {entry['round']}: {entry['reason']}")
 
 
 def scopes(items: Items) -> tuple[int, ...]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from importlib.metadata import version
 
 import torch
 from torch import Tensor
 
-from fedxmr import __version__
 from fedxmr.evaluation import evaluate
+from fedxmr.machine import versions
 from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
 from fedxmr.models import Model
 from fedxmr.scaling import Moments, Scaler, moments
@@ -37,9 +36,10 @@ _DIRTY = -1
 class Client:
     """One client: its items, and what it carries from message to message."""
 
-    def __init__(self, setting: Setting, items: Items, client: int) -> None:
-        """items: its own raw training items."""
-        self.client = client
+    def __init__(self, setting: Setting, items: Items, owner: Owner) -> None:
+        """items: its own raw training items. owner: whose its durable states are."""
+        self.owner = owner
+        self.client = owner.client
         self.kept: dict[int, State] = {}
         self._setting = setting
         self._config = setting.config
@@ -51,11 +51,6 @@ class Client:
         self._before: State | None = None
         self._previous: Snapshot | None = None
 
-    @property
-    def owner(self) -> Owner:
-        """Whose its durable states are."""
-        return Owner(self.client, self._config.experiment)
-
     def register(self) -> Registration:
         """What the server may know of this client before the first round."""
         return Registration(
@@ -65,7 +60,7 @@ class Client:
             spec=self._setting.data.spec,
             held={modality: len(self._raw.rows[modality]) for modality in self._raw.modalities},
             moments=self._moments(),
-            versions={"fedxmr": __version__, "torch": str(torch.__version__), "flwr": version("flwr")},
+            versions=versions(),
             initial_sha256=self._setting.initial_sha256,
         )
 

@@ -151,7 +151,7 @@ def run(
             if isinstance(error, InputError) and not begun:  # nothing is lost
                 shutil.rmtree(out, ignore_errors=True)
                 raise
-            error.add_note(recording.outlook(out))
+            error.add_note(recording.outlook(out, config))
             raise
 
 

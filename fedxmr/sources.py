@@ -1,4 +1,4 @@
-"""Where a simulated client's items come from: the data set and its partition; and what a zero-shot task measures.
+"""Where a client's items come from: a data set and its partition, or a folder; and what a zero-shot task measures.
 
 All clients of a process share one data set in memory; what is cached is keyed by everything it depends on.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import get_args
 
 from fedxmr.config import Config
@@ -23,6 +24,11 @@ from fedxmr.zero_shot import Protocol, protocol, seen_only, with_unseen_classes
 def dataset(config: Config) -> Dataset:
     """The data set of a run; in a zero-shot task of seen classes alone. Raises InputError for a missing or bad file."""
     return _dataset(config.dataset.model_dump_json(), class_seed(config))
+
+
+def own_folder(config: Config, folder: Path) -> Dataset:
+    """The data of a deployed client, all of which are its own. Raises InputError for a missing or bad file."""
+    return _narrowed(load_dataset(str(folder.absolute())), config.dataset.class_vector_width)
 
 
 def class_seed(config: Config) -> int | None:
@@ -54,10 +60,12 @@ def _whole(key: str, class_seed: int | None) -> Dataset:
     seen_share, width = options.pop("seen_share"), options.pop("class_vector_width")
     for of_the_run in ("scaling", "task", "class_seed"):
         options.pop(of_the_run)
-    data = load_dataset(name, options, data_dir)
-    if width is not None:
-        data = with_narrow_class_vectors(data, width)
+    data = _narrowed(load_dataset(name, options, data_dir), width)
     return data if class_seed is None else with_unseen_classes(data, class_seed, seen_share)
+
+
+def _narrowed(data: Dataset, width: int | None) -> Dataset:
+    return data if width is None else with_narrow_class_vectors(data, width)
 
 
 def parts(config: Config) -> Sequence[Part]:

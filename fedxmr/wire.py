@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, TypeVar
 
@@ -34,6 +35,10 @@ Integer = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
 _Scores = dict[str, float]
 """Any numbers, also NaN: checks.py says which of them may count."""
+
+
+_EXPERIMENT = "experiment"
+"""The record, in all that the server says, of which run it is of: clients' states are kept by it."""
 
 
 class WireError(ValueError):
@@ -100,8 +105,25 @@ class _Checkpoint(_Facts):
     """Nowhere else: a client writes and reads what it is told to."""
 
 
+def address(content: RecordDict, experiment: str) -> RecordDict:
+    """The content of a message, marked as of an experiment; in place."""
+    content[_EXPERIMENT] = ConfigRecord({"id": experiment})
+    return content
+
+
+def experiment(content: RecordDict) -> str:
+    """The experiment that a message is of: letters and digits, for a client's files are named after it.
+
+    Raises WireError.
+    """
+    name = content.config_records.get(_EXPERIMENT, ConfigRecord()).get("id")
+    if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{1,64}", name):
+        raise WireError(f"expected the experiment that the message is of, got {name!r:.80}")
+    return name
+
+
 def pack_start() -> RecordDict:
-    """The start query: it asks who is there and says nothing."""
+    """The start query: it asks who is there, and says nothing of its own."""
     return RecordDict()
 
 
@@ -164,7 +186,7 @@ def unpack_task(content: RecordDict) -> Task:
     records = content.array_records
     if "shared" not in records:
         raise WireError("not a task: lacks shared")
-    facts, arrays = _unpack(content, "a task", _Task, "shared", "scaler")
+    facts, arrays = _unpack(content, "a task", _Task, "shared", "scaler", _EXPERIMENT)
     _expect_none(arrays, "a task")
     scaler = Scaler.from_state(unpack_arrays(records["scaler"])) if "scaler" in records else None
     return Task(**dict(facts), shared=unpack_arrays(records["shared"]), scaler=scaler)
@@ -199,7 +221,7 @@ def pack_farewell(farewell: Farewell) -> RecordDict:
 
 def unpack_farewell(content: RecordDict) -> Farewell:
     """The farewell in a message. Raises WireError."""
-    return Farewell(**_unpack_facts(content, "a farewell", _Farewell))
+    return Farewell(**_unpack_facts(content, "a farewell", _Farewell, _EXPERIMENT))
 
 
 def pack_report(report: Report) -> RecordDict:
@@ -219,7 +241,7 @@ def pack_checkpoint(checkpoint: Checkpoint) -> RecordDict:
 
 def unpack_checkpoint(content: RecordDict) -> Checkpoint:
     """The checkpoint in a message. Raises WireError."""
-    return Checkpoint(**_unpack_facts(content, "a checkpoint", _Checkpoint))
+    return Checkpoint(**_unpack_facts(content, "a checkpoint", _Checkpoint, _EXPERIMENT))
 
 
 def pack_arrays(state: State) -> ArrayRecord:
@@ -284,9 +306,9 @@ def _unpack(content: RecordDict, what: str, model: type[F], *others: str) -> tup
     return facts, unpack_arrays(record) if record is not None else {}
 
 
-def _unpack_facts(content: RecordDict, what: str, model: type[_Facts]) -> dict[str, Any]:
+def _unpack_facts(content: RecordDict, what: str, model: type[_Facts], *others: str) -> dict[str, Any]:
     """The facts of a message without arrays."""
-    facts, arrays = _unpack(content, what, model)
+    facts, arrays = _unpack(content, what, model, *others)
     _expect_none(arrays, what)
     return dict(facts)
 

@@ -13,7 +13,14 @@ import torch
 from flwr.app import RecordDict
 
 from fedxmr import checkpoint, state, wire
-from fedxmr.checks import check_initial_state, check_registrations, find_fault, find_report_fault
+from fedxmr.checks import (
+    check_initial_state,
+    check_registrations,
+    check_unchanged,
+    find_fault,
+    find_report_fault,
+    fingerprint,
+)
 from fedxmr.config import Config
 from fedxmr.errors import FederationError, in_one_line
 from fedxmr.evaluation import mean_scores
@@ -62,7 +69,8 @@ class Federation:
     def run(self) -> None:
         """The whole run, or the rest of it: register, T rounds, flush, farewell."""
         last = self._config.federation.rounds
-        every = self._config.federation.checkpoint_every
+        # deployed clients keep but two states, and one of a round that the server knows of must be among them
+        every = 1 if self._config.deployed else self._config.federation.checkpoint_every
         with clock.part("start_up"):
             self._start()
         for round in range(self._standing.round + 1, last + 1):
@@ -83,18 +91,21 @@ class Federation:
         initial = initial_state(config, spec)
         shared = {name: initial[name] for name in sorted(names)}
         check_initial_state(registrations, state.sha256(shared))
+        registered = {r.client: fingerprint(r) for r in registrations}
+        if resumed:
+            check_unchanged(self._standing.registered, registered)
+        self._standing.registered = registered
         self._by_class = learner.by_class
         for r in registrations:
             self._registered[r.client] = r
             self._expected[r.client] = {n: initial[n] for n in sorted(owned_names(names, learner, r.held))}
         if config.federation.standardise != "none":
             self._scaler = _common_scaler(registrations)
-        if resumed:
-            self._ask_for_states(wire.RESTORE, checkpoint.folder(self._standing.round), self._everyone())
-            self._progress.start_at(self._standing.round)
-        else:
+        if not resumed:
             self._standing.shared = shared
-            self._progress.start_at(0)
+        elif not config.deployed:  # there clients find the states they are asked to go on from by themselves
+            self._ask_for_states(wire.RESTORE, checkpoint.folder(self._standing.round), self._everyone())
+        self._progress.start_at(self._standing.round)
 
     def _round(self, round: int) -> None:
         """One round: a task for every sampled client that is in reach, and their updates combined into W_t."""
@@ -199,7 +210,7 @@ class Federation:
         reason = in_one_line(reason)
         incidents.append({"round": round, "client": client, "reason": reason})
         line = f"client {client} {what} in round {round}: {reason}"
-        if not self._config.federation.tolerate_failures:
+        if not self._config.tolerant:
             raise FederationError(line)
         self._progress.say(line)
 
@@ -249,16 +260,25 @@ class Federation:
         self._progress.trained(round, sum(losses) / len(losses) if losses else None)
 
     def _checkpoint(self) -> None:
-        """Write the server's standing and every client's state; a client that did nothing since the last is linked."""
+        """Write the server's standing and every client's state; a client that did nothing since the last is linked.
+
+        In a deployment the standing alone: clients have their states already, on their own machines.
+        """
         standing, out = self._standing, self._recorder.out
         with clock.part("state"):
             before = max(checkpoint.rounds(out), default=0)
-            everyone = self._everyone()
+            everyone = [] if self._config.deployed else self._everyone()
             changed = [k for k in everyone if k in self._panel or standing.base[k] > before]
             self._ask_for_states(wire.CHECKPOINT, checkpoint.begin(out, standing.round), changed)
-            unchanged = sorted(set(everyone) - set(changed))
-            facts = standing.facts(self._recorder.position())
-            checkpoint.complete(out, self._config, standing.tensors(), facts, unchanged, before)
+            checkpoint.complete(
+                out,
+                self._nodes.experiment,
+                standing.tensors(),
+                standing.facts(self._recorder.position()),
+                until=self._config.federation.rounds,
+                unchanged=sorted(set(everyone) - set(changed)),
+                before=before,
+            )
 
     def _ask_for_states(self, kind: str, folder: str, clients: Sequence[int]) -> None:
         """Have clients write their states into a folder of the run folder, or go back to the ones there."""

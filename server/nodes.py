@@ -40,10 +40,13 @@ class Reply:
 class Nodes:
     """Which node each client lives on, known once they have registered.
 
-    engine: what carries the messages. activity: what its workers do; of Flower's own runtimes nothing is known.
+    engine: what carries the messages. experiment: what they are of. activity: what its workers do; nothing is known
+    of Flower's own runtimes.
     """
 
-    def __init__(self, grid: Grid, config: FederationConfig) -> None:
+    def __init__(self, grid: Grid, config: FederationConfig, experiment: str) -> None:
+        """experiment: what every message says it is of."""
+        self.experiment = experiment
         self.engine = str(getattr(grid, "engine", FLOWER))
         self.activity: Activity = getattr(grid, "activity", None) or Activity()
         self._grid = grid
@@ -53,15 +56,17 @@ class Nodes:
     def register(self) -> list[Registration]:
         """Ask every node who it is; the registrations by client. Raises FederationError where one does not say."""
         contents = {node: wire.pack_start() for node in self._wait()}
-        registrations = []
+        registrations, failed = [], []
         for node, reply in self._send(wire.START, contents, 0, self._config.start_deadline).items():
             try:
                 registration = reply.read(wire.unpack_registration)
             except wire.WireError as error:
-                why = in_one_line(str(error))
-                raise FederationError(f"a client failed at the start: {why} (node {node})") from error
+                failed.append(f"a client failed at the start: {in_one_line(str(error))} (node {node})")
+                continue
             registrations.append(registration)
             self._node_of[registration.client] = node
+        if failed:
+            raise FederationError("\n".join(failed))
         return sorted(registrations, key=lambda r: r.client)
 
     def exchange(self, kind: str, contents: Mapping[int, RecordDict], round: int) -> dict[int, Reply]:
@@ -82,7 +87,8 @@ class Nodes:
 
     def _send(self, kind: str, contents: Mapping[int, RecordDict], round: int, deadline: float) -> dict[int, Reply]:
         """An exchange by node. Every reply belongs to the message it answers, whatever it says of itself."""
-        messages = {node: Message(content, node, kind, group_id=str(round)) for node, content in contents.items()}
+        addressed = {node: wire.address(content, self.experiment) for node, content in contents.items()}
+        messages = {node: Message(content, node, kind, group_id=str(round)) for node, content in addressed.items()}
         came: dict[int, list[Message]] = {node: [] for node in messages}
         replies = self._grid.send_and_receive(list(messages.values()), timeout=deadline)
         asked = {message.metadata.message_id: node for node, message in messages.items()}  # which sending has numbered

@@ -21,6 +21,7 @@ class Standing:
 
     round: the last that stood. shared: W_t. base: client -> the round of its last accepted reply.
     selected_shared: W of the round that leads on validation. records: where the recorder stood, at a checkpoint.
+    registered: client -> the fingerprint of what it said of its data.
     recovered: the losses of states that the run went back from: in which round, to which, and why.
     """
 
@@ -28,6 +29,7 @@ class Standing:
     shared: State = field(default_factory=dict)
     selected_shared: State = field(default_factory=dict)
     base: dict[int, int] = field(default_factory=dict)
+    registered: dict[int, str] = field(default_factory=dict)
     selection: Selection = field(default_factory=Selection)
     bytes: dict[str, int] = field(default_factory=lambda: {"up": 0, "down": 0})
     participation: dict[str, list[int]] = field(default_factory=dict)
@@ -46,6 +48,7 @@ class Standing:
         return {
             "round": self.round,
             "base": self.base,
+            "registered": self.registered,
             "selection": self.selection.to_json(),
             "bytes": self.bytes,
             "participation": self.participation,
@@ -65,6 +68,7 @@ class Standing:
         if not checkpoint.rounds(out):
             return cls()
         tensors, facts = checkpoint.newest(out, experiment)
-        facts["base"] = {int(client): round for client, round in facts["base"].items()}
+        for name in ("base", "registered"):  # JSON has made strings of the ids
+            facts[name] = {int(client): value for client, value in facts[name].items()}
         facts["selection"] = Selection.from_json(facts["selection"])
         return cls(shared=under("shared", tensors), selected_shared=under("selected", tensors), **facts)

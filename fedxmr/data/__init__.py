@@ -21,6 +21,7 @@ from fedxmr.data import (
     iaprtc12,
     image_text,
     mfeat,
+    own_folder,
     pascal,
     synthetic,
     wikipedia,
@@ -58,6 +59,12 @@ DATASETS: Mapping[str, Source] = {
     "mfeat": Source(mfeat.Options, mfeat.load, "2000 handwritten digits in six modalities"),
     "mirflickr": _image_text(image_text.MIRFLICKR, "20015 image-text pairs with some of 24 labels each"),
     "nus-wide-10k": _image_text(image_text.NUS_WIDE_10K, "10000 image-text pairs of 10 classes"),
+    own_folder.NAME: Source(
+        own_folder.Options,
+        own_folder.load,
+        "in a deployment, what each client has in a folder of its own",
+        brought=True,
+    ),
     "pascal": Source(
         pascal.Options, pascal.load, "1000 image-text pairs of 20 classes, as similarities to 700 of them"
     ),

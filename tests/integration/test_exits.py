@@ -201,8 +201,8 @@ def test_data_that_vanish_while_a_run_goes_on_and_before_its_resume_cost_nothing
     federate(tmp_path / "whole", base=base)
     complete, stops = checkpoint.complete, iter([True, False, False])
 
-    def vanish(*args: Any) -> None:
-        complete(*args)
+    def vanish(*args: Any, **keywords: Any) -> None:
+        complete(*args, **keywords)
         shutil.rmtree(data, ignore_errors=True)
         if next(stops):
             raise KeyboardInterrupt

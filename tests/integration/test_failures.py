@@ -13,10 +13,12 @@ import torch
 from fedxmr import state
 from fedxmr.checks import check_registrations, find_fault
 from fedxmr.errors import FederationError
+from fedxmr.machine import versions
 from fedxmr.messages import Registration, Task, Update
 from fedxmr.rounds import Client
 from fedxmr.selection import Selection
 from fedxmr.setting import Setting
+from fedxmr.snapshot import Owner
 from fedxmr.sources import dataset, parts
 from fedxmr.types import DataSpec
 from tests.federations import TOY, configured, federate
@@ -141,7 +143,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
 def client(*assignments: str, base: tuple[str, ...] = TOY) -> Client:
     config = configured(*assignments, base=base)
     data = dataset(config)
-    return Client(Setting(config, data), parts(config)[0].take(data.train), 0)
+    return Client(Setting(config, data), parts(config)[0].take(data.train), Owner(0, "ab"))
 
 
 def equal(one: Update, other: Update) -> bool:
@@ -177,7 +179,7 @@ def test_an_evaluation_on_a_copy_leaves_the_training_state_as_it_was():
 
 
 SPEC = DataSpec({"image": 4, "text": 2}, 2)
-REGISTERED = Registration(1, 10, torch.tensor([4, 6]), SPEC, {"image": 10}, {}, {"torch": "1"}, "aa")
+REGISTERED = Registration(1, 10, torch.tensor([4, 6]), SPEC, {"image": 10}, {}, versions(), "aa")
 TASK = Task(3, 1, 2, {})
 SCORES = {"image->text": 0.5, "text->image": 0.25, "average": 0.375}
 GOOD = Update(3, 1, 10, torch.tensor([4, 6]), 0.5, {"w": torch.ones(2, 3), "b": torch.ones(3)})
@@ -252,7 +254,7 @@ def test_training_that_was_not_asked_for_is_refused():
             [{"client": 0, "spec": DataSpec({"image": 5, "text": 2}, 2)}],
             "client 1: feature widths: expected {'image': 5",
         ),
-        ([{"client": 0, "versions": {"torch": "2"}}], "client 1: versions"),
+        ([{"client": 0, "versions": {"torch": "2"}}], "client 0: versions: expected the server's {"),
         ([{"client": 0, "spec": dataclasses.replace(SPEC, class_vectors=torch.ones(2, 3))}], "class vectors: expected"),
         ([{"client": 0, "spec": dataclasses.replace(SPEC, seen=torch.ones(2).bool())}], "seen classes: expected"),
         ([{"client": 0, "initial_sha256": "bb"}], "client 1: seeded initial state: expected bb, got aa"),

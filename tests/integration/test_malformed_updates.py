@@ -21,12 +21,12 @@ from hypothesis import strategies as st
 from fedxmr import state, wire
 from fedxmr.engines.carrier import CarrierGrid, client_of
 from fedxmr.errors import FederationError
+from fedxmr.machine import versions
 from fedxmr.messages import Registration, Report, Update
 from fedxmr.setting import build_learner, initial_state, owned_names
 from fedxmr.strategies import Contribution, combine, gompertz, shared_names
 from fedxmr.types import DataSpec, State
 from server.app import federate
-from server.nodes import Nodes
 from tests.federations import configured
 
 CLIENTS, CLASSES = 4, 3
@@ -88,7 +88,7 @@ def run(sent: Mapping[int, Sent], out: Path, order: Iterable[int], **strategy: A
     }
     config = CONFIG.model_copy(update={"strategy": CONFIG.strategy.model_copy(update=strategy)})
     out.mkdir(exist_ok=True)
-    federate(config, out, Nodes(Scripted(contents, order), config.federation))
+    federate(config, out, Scripted(contents, order))
     shared, _ = state.load(out / "shared-last.safetensors")
     return shared, json.loads((out / "summary.json").read_text())
 
@@ -117,7 +117,7 @@ def good(draw: st.DrawFn, client: int) -> tuple[Registration, Update]:
     for name in names:
         size = INITIAL[name].numel()
         shared[name] = torch.tensor((some * size)[:size]).roll(len(name)).reshape(INITIAL[name].shape)
-    registration = Registration(client, n, counts, SPEC, held, {}, {"torch": "2"}, state.sha256(INITIAL))
+    registration = Registration(client, n, counts, SPEC, held, {}, versions(), state.sha256(INITIAL))
     return registration, Update(1, client, n, counts, draw(losses), shared)
 
 
@@ -220,7 +220,7 @@ def test_with_no_good_update_at_all_the_round_does_not_stand(tmp_path):
     sent = {}
     for client in range(CLIENTS):
         counts = torch.tensor([1, 0, 0])
-        registration = Registration(client, 1, counts, SPEC, {"image": 1}, {}, {}, state.sha256(INITIAL))
+        registration = Registration(client, 1, counts, SPEC, {"image": 1}, {}, versions(), state.sha256(INITIAL))
         update = Update(1, client, 1, counts, float("nan"), {})
         sent[client] = Sent(registration, update, wire.pack_update(update))
     with pytest.raises(FederationError, match=r"^round 1: 0 good updates, expected at least 1$"):

@@ -10,6 +10,7 @@ from fedxmr.rounds import Client
 from fedxmr.scaling import Scaler
 from fedxmr.seeding import generator
 from fedxmr.setting import Setting
+from fedxmr.snapshot import Owner
 from fedxmr.sources import dataset, parts
 from tests.federations import SMALL, configured
 
@@ -30,7 +31,7 @@ def first_round(*assignments):
     config = configured(*assignments, base=STILL)
     data = dataset(config)
     setting, items = Setting(config, data), parts(config)[0].take(data.train)
-    client = Client(setting, items, 0)
+    client = Client(setting, items, Owner(0, "ab"))
     initial = {name: setting.initial[name] for name in setting.shared}
     return client, items, setting.initial, client.take_part(Task(1, 0, 0, initial, scaler=Scaler({}, {})))
 
