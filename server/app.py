@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from flwr.app import Context
@@ -34,19 +34,21 @@ def main(grid: Grid, context: Context) -> None:
     The run-config's keys: `config`, as YAML text, and `out`, the run folder. Our own engines run where a command has
     prepared that folder and reports afterwards; under Flower's own runtime all of it happens here.
     """
-    config = Config.from_yaml(str(context.run_config["config"]))
-    out = Path(str(context.run_config["out"]))
-    if getattr(grid, "engine", FLOWER) != FLOWER:
-        federate(config, out, grid, resume=bool(context.run_config.get("resume")))
-    elif not out.is_absolute():
-        raise InputError(f"out: expected the absolute path of a run folder in --run-config, got {str(out)!r}")
-    elif config.deployed:
-        deploy(config, out, grid)
-    else:
-        data = prepare(config, out)
-        with scratch(out):
-            federate(config, out, grid)
-        report(config, data, out, pictures=True)
+    engine = getattr(grid, "engine", FLOWER)
+    with nullcontext() if engine != FLOWER else _exit_code_said():
+        config = Config.from_yaml(str(context.run_config["config"]))
+        out = Path(str(context.run_config["out"]))
+        if engine != FLOWER:
+            federate(config, out, grid, resume=bool(context.run_config.get("resume")))
+        elif not out.is_absolute():
+            raise InputError(f"out: expected the absolute path of a run folder in --run-config, got {str(out)!r}")
+        elif config.deployed:
+            deploy(config, out, grid)
+        else:
+            data = prepare(config, out)
+            with scratch(out):
+                federate(config, out, grid)
+            report(config, data, out, pictures=True)
 
 
 def prepare(config: Config, out: Path) -> Dataset:
@@ -60,19 +62,18 @@ def prepare(config: Config, out: Path) -> Dataset:
 
 def deploy(config: Config, out: Path, grid: Grid) -> None:
     """A run with clients that have data of their own; or the rest of it, where `out` has the beginning of it."""
-    with _exit_code_said():
-        resume = out.is_dir() and any(out.iterdir())
-        ended = resume and recording.reopen(out, config, None, ())
-        if not resume:
-            recording.prepare(out, config, None, ())
-        with recording.claimed(out):
-            try:
-                if not ended:
-                    federate(config, out, grid, resume=resume)
-                report_deployed(config, out)
-            except BaseException as error:
-                error.add_note(recording.outlook(out, config))
-                raise
+    resume = out.is_dir() and any(out.iterdir())
+    ended = resume and recording.reopen(out, config, None, ())
+    if not resume:
+        recording.prepare(out, config, None, ())
+    with recording.claimed(out):
+        try:
+            if not ended:
+                federate(config, out, grid, resume=resume)
+            report_deployed(config, out)
+        except BaseException as error:
+            error.add_note(recording.outlook(out, config))
+            raise
 
 
 @contextmanager

@@ -155,7 +155,8 @@ class Federation:
             }
             for task in tasks:
                 self._count("down", task, task.shared)
-            replies = self._nodes.exchange(wire.TRAIN, contents, round)
+            wanted = self._config.federation.quorum if fit else len(contents)
+            replies = self._nodes.exchange(wire.TRAIN, contents, round, wanted=wanted)
         updates = []
         for task in sorted(tasks, key=lambda task: task.client):
             update = self._accept(task, replies.get(task.client))
@@ -322,7 +323,7 @@ class Federation:
             for k, farewell in farewells.items()
             if self._recovery.given_up(wire.FINISH, last + 1, k) is None
         }
-        replies = self._nodes.exchange(wire.FINISH, contents, last + 1)
+        replies = self._nodes.exchange(wire.FINISH, contents, last + 1, wanted=len(contents))
         scored = self._standing.selection.selected
         reports = []
         for client, farewell in farewells.items():
