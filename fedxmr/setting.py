@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
-from itertools import permutations
 from typing import Any
 
 import torch
 
 from fedxmr.config import Config, LearnerConfig
 from fedxmr.data import Dataset
+from fedxmr.data.dataset import lacking
 from fedxmr.errors import InputError
 from fedxmr.learners import describe, learner_class, vet
 from fedxmr.machine import choose_device
@@ -85,16 +85,9 @@ def check(config: Config, data: Dataset) -> None:
         raise
     except Exception as error:  # a learner from outside may raise anything
         raise InputError(f"the learner cannot be built as configured: {describe(error)}") from error
-    for name, items in (("validation", data.validation), ("test", data.test)):
-        for query, gallery in permutations(data.spec.dims, 2):
-            for modality in (query, gallery):
-                if modality not in items.modalities:
-                    raise InputError(f"{data.name}: expected {name} items with {modality}, got none")
-            there = items.labels[items.rows[gallery]].any(0)
-            if not bool((items.labels[items.rows[query]] & there).any()):
-                raise InputError(
-                    f"{data.name}: expected a {name} {gallery} that shares a class with some {query}, got none"
-                )
+    for part, items in (("validation", data.validation), ("test", data.test)):
+        if (what := lacking(items, part, data.spec.dims)) is not None:
+            raise InputError(f"{data.name}: expected {what}, got none")
 
 
 def remarks(config: Config, data: Dataset) -> tuple[str, ...]:

@@ -78,7 +78,13 @@ def parts(config: Config) -> Sequence[Part]:
 def _parts(
     dataset_key: str, class_seed: int | None, scheme: PartitionConfig, clients: int, seed: int
 ) -> Sequence[Part]:
-    return partition(_dataset(dataset_key, class_seed).train, clients, scheme, seed)
+    data = _dataset(dataset_key, class_seed)
+    for modality in sorted(set(data.spec.dims) - set(data.train.modalities)):
+        raise InputError(
+            f"{data.name}: expected training items that have {modality}, got none; it can only be learned in a "
+            "deployment, from clients that have some"
+        )
+    return partition(data.train, clients, scheme, seed)
 
 
 def scaling(config: Config, data: Dataset) -> Mapping[str, str]:

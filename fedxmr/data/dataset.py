@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import permutations
 from typing import Literal
 
 import torch
@@ -63,6 +64,21 @@ class Dataset:
 def multi_hot(classes: Tensor, num_classes: int) -> Tensor:
     """Class numbers [n] int64 -> labels [n, C] bool, one per item."""
     return one_hot(classes, num_classes).bool()
+
+
+def lacking(items: Items, part: str, modalities: Collection[str]) -> str | None:
+    """What validation or test items lack for retrieval to be measured on them, in words; None where it can be.
+
+    Every modality is needed, and in every direction a query that has something relevant. part: what the items are.
+    """
+    for query, gallery in permutations(modalities, 2):
+        for modality in (query, gallery):
+            if modality not in items.modalities:
+                return f"{part} items with {modality}"
+        there = items.labels[items.rows[gallery]].any(0)
+        if not bool((items.labels[items.rows[query]] & there).any()):
+            return f"a {part} {gallery} that shares a class with some {query}"
+    return None
 
 
 def drop_unseen_columns(data: Dataset, seen: Tensor) -> Dataset:

@@ -7,6 +7,8 @@
     split.npz                 "train", "validation", "test": the item numbers of each part; no item in two parts
     classes.txt               optional: the name of each class, one per line
     class_vectors.npy         optional: [C, k] numbers, for learners that use the meaning of classes
+    scaling.json              optional: how features are meant to be scaled, such as {"image": "standardise", "text":
+                              "norm"}; or "isotropic" or "none"; "standardise" where it says nothing of a modality
     shown/<modality>.txt      optional: what a page of examples (--examples) shows of the items, a line per feature row:
                               the path of an image file in this folder, if it ends in .png, .jpg, .jpeg, .gif or .webp,
                               or else text, which may be empty
@@ -25,15 +27,20 @@ One is made like this, and used with `--dataset my-data/`:
     np.savez("my-data/split.npz", train=np.arange(200), validation=np.arange(200, 240), test=np.arange(240, 300))
 
 Features are given raw: the run scales them.
+
+Validation and test items must be of all modalities. Training items may lack one altogether, for a client of a
+deployment may have no texts to learn from; `simulate` refuses such a folder, as nobody else is there who has.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Collection, Mapping, Set
 from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -41,9 +48,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from fedxmr.arrays import Array, read_npy, read_npz
-from fedxmr.data.dataset import MODALITY_NAME, Dataset, multi_hot
+from fedxmr.data.dataset import MODALITY_NAME, Dataset, Scaling, multi_hot
 from fedxmr.data.looks import FORMATS, Look, Looks, check_image, thumbnail
-from fedxmr.errors import InputError, one_line, unknown
+from fedxmr.errors import InputError, in_one_line, one_line, unknown
 from fedxmr.types import DataSpec, Items
 
 PARTS = ("train", "validation", "test")
@@ -69,8 +76,8 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
     items = _items(folder, labels)
     split = _split(folder / "split.npz", len(items))
     parts = {part: items.select(index) for part, index in split.items()}
-    for part, selected in parts.items():
-        for modality in sorted(set(items.features) - set(selected.modalities)):
+    for part in ("validation", "test"):  # for training a client may have no such items
+        for modality in sorted(set(items.features) - set(parts[part].modalities)):
             raise InputError(f"{folder / 'split.npz'}: expected {part} items that have {modality}, got none")
     dims = {modality: x.shape[1] for modality, x in items.features.items()}
     return Dataset(
@@ -82,7 +89,7 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
         test=parts["test"],
         all_test=parts["test"],
         all_test_overlaps=False,
-        scaling=dict.fromkeys(dims, "standardise"),
+        scaling=_scaling(folder / "scaling.json", dims),
         looks=partial(_looks, folder, items.rows, split["test"]),
     )
 
@@ -251,6 +258,26 @@ def _class_vectors(path: Path, num_classes: int) -> Tensor | None:
     if len(different) < num_classes or not all(map(any, different)):
         raise InputError(f"{path}: expected vectors that tell classes apart, got zeros, or the same vector twice")
     return vectors
+
+
+def _scaling(path: Path, modalities: Collection[str]) -> Mapping[str, Scaling]:
+    """How each modality is meant to be scaled: as the file says, and standardised where it says nothing."""
+    if not path.exists():
+        return dict.fromkeys(modalities, "standardise")
+    expected = 'expected a JSON object, such as {"image": "norm"}'
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: {expected}, got {one_line(error)}") from error
+    if not isinstance(stored, dict):
+        raise InputError(f"{path}: {expected}, got {in_one_line(repr(stored))}")
+    known = get_args(Scaling)
+    for modality, how in stored.items():
+        if modality not in modalities:
+            raise unknown(f"modality in {path}", in_one_line(modality), modalities)
+        if how not in known:
+            raise InputError(f"{path}: expected {modality} to be {', '.join(known)}, got {in_one_line(repr(how))}")
+    return {modality: stored.get(modality, "standardise") for modality in modalities}
 
 
 def _split(path: Path, items: int) -> Mapping[str, Tensor]:

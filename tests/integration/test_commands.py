@@ -298,11 +298,18 @@ def test_overwriting_needs_a_whole_run_folder_to_replace(empty, capsys):
     assert (empty / "project" / "config.yaml").read_text() == "mine"
 
 
-@pytest.mark.parametrize("module", ["fedxmr.simulate", "fedxmr.centralized"])
-def test_help_imports_nothing_heavy(module):
+@pytest.mark.parametrize(
+    ("module", "arguments", "option"),
+    [
+        ("fedxmr.simulate", [], "--rounds"),
+        ("fedxmr.centralized", [], "--rounds"),
+        ("fedxmr.data", ["split"], "--partition"),
+    ],
+)
+def test_help_imports_nothing_heavy(module, arguments, option):
     """`--help` is to come at once; what takes its time are these imports."""
     code = (
-        f"import os, runpy, sys; sys.argv = ['x', '--help']; os._exit = sys.exit\n"
+        f"import os, runpy, sys; sys.argv = {['x', *arguments, '--help']}; os._exit = sys.exit\n"
         f"try: runpy.run_module({module!r}, run_name='__main__')\n"
         f"except SystemExit: pass\n"
         f"print(sorted({{'torch', 'flwr', 'ray', 'numpy', 'pydantic', 'scipy', 'sklearn'}} & set(sys.modules)))"
@@ -310,7 +317,7 @@ def test_help_imports_nothing_heavy(module):
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60, check=True
     )
-    assert "--rounds" in shown.stdout
+    assert option in shown.stdout
     assert shown.stdout.endswith("[]\n"), shown.stdout[-200:]
 
 

@@ -16,10 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fedxmr.config import resolve
 from fedxmr.data import folder as folder_module
 from fedxmr.data import load_dataset
 from fedxmr.data.looks import thumbnail
 from fedxmr.errors import InputError
+from fedxmr.sources import parts
 
 N = 12
 CLASSES = np.arange(N) % 3
@@ -97,6 +99,22 @@ def test_class_vectors_are_handed_on(folder: Path):
     np.save(folder / "class_vectors.npy", np.eye(3))
     dataset = load_dataset(str(folder))
     assert torch.equal(dataset.spec.class_vectors, torch.eye(3))
+
+
+def test_the_recommended_scaling_is_what_the_file_says_and_standardise_where_it_says_nothing(folder: Path):
+    (folder / "scaling.json").write_text('{"text": "norm"}')
+    assert load_dataset(str(folder)).scaling == {"image": "standardise", "text": "norm"}
+
+
+def test_training_items_may_lack_a_modality_altogether(folder: Path):
+    np.save(folder / "features" / "text.npy", np.ones((6, 3)))
+    np.save(folder / "rows" / "text.npy", np.arange(6, 12))
+    dataset = load_dataset(str(folder))
+    assert dataset.train.modalities == ("image",)
+    assert dataset.train.features["text"].shape == (0, 3)
+    assert dataset.spec.dims == {"image": 4, "text": 3}
+    with pytest.raises(InputError, match=r"mine: expected training items that have text, got none; [^\n]*$"):
+        parts(resolve({"dataset": str(folder)}))
 
 
 def test_hidden_files_are_passed_over(folder: Path):
@@ -188,6 +206,15 @@ MISTAKES = [
     (save("class_vectors.npy", np.eye(3)[[0, 1, 0]]), "class_vectors.npy: expected vectors that tell classes apart"),
     (save("class_vectors.npy", np.eye(3)[:, :2]), "class_vectors.npy: expected vectors that tell classes apart"),
     (save("class_vectors.npy", np.full((3, 2), np.nan)), "class_vectors.npy: expected finite float32 numbers"),
+    (write("scaling.json", b'{"image": "normal"}'), "scaling.json: expected image to be standardise, isotropic, norm, "
+     "none, got 'normal'"),
+    (write("scaling.json", b'{"image": ["norm"]}'), "scaling.json: expected image to be standardise, isotropic, norm, "
+     "none, got ['norm']"),
+    (write("scaling.json", b'{"imgae": "norm"}'), "scaling.json 'imgae'; did you mean 'image'? (known: image, text)"),
+    (write("scaling.json", b'["norm"]'), "scaling.json: expected a JSON object, such as {\"image\": \"norm\"}, got ['"),
+    (write("scaling.json", b"image: norm"), "scaling.json: expected a JSON object, such as "),
+    (write("scaling.json", b"\xff"), "scaling.json: expected a JSON object, such as "),
+    (write("scaling.json", b"[" * 100_000), "scaling.json: expected a JSON object, such as "),
     (save("rows/audio.npy", [0]), "unknown modality in rows/ 'audio' (known: image, text)"),
     (save("rows/text.npy", np.arange(5)), "rows/text.npy: expected [12] integers, one per feature row, got [5] int64"),
     (rows_of_nine(np.arange(9) / 1), "rows/text.npy: expected [9] integers, one per feature row, got [9] float64"),
