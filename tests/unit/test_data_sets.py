@@ -86,8 +86,8 @@ def test_every_data_sets_all_test_is_what_it_says(dataset: Dataset):
     ("name", "options", "expected"),
     [
         ("wikpedia", {}, "unknown dataset 'wikpedia'; did you mean 'wikipedia'? (known: coco, cub, digits, "
-         "iaprtc12, mfeat, mirflickr, nus-wide-10k, own-folder, pascal, pascal-vgg, synthetic, wikipedia, wikipedia-multi, "
-         "wikipedia-vgg, xmedia, xmedianet)"),
+         "iaprtc12, mfeat, mirflickr, nus-wide-10k, own-folder, pascal, pascal-vgg, synthetic, wikipedia, "
+         "wikipedia-multi, wikipedia-vgg, xmedia, xmedianet)"),
         ("zzz", {}, "unknown dataset 'zzz' (known: coco, cub, digits, iaprtc12, "),
         ("coco", {"layout": "mccn"}, "dataset coco: layout: Input should be 'auto', 'fedcmr' or 'dscmr', got 'mccn'"),
         ("wikipedia-multi", {"modalities": ["cnn"]}, "dataset wikipedia-multi: modalities: Tuple should have at "),
