@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
@@ -14,11 +14,11 @@ from typing import NoReturn
 from fedxmr import keys
 from fedxmr.addresses import Address, free_port, obstacle
 from fedxmr.commands import say
-from fedxmr.errors import InputError, in_one_line
+from fedxmr.errors import InputError
 from fedxmr.folders import alone
 from fedxmr.processes import environment, lines, show, start, stop
 
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0)
 """Seconds before the next start, longer and longer while it ends soon."""
 
 LONG = 60.0
@@ -143,34 +143,54 @@ def keep_alive(
 
 
 def live(node: Node) -> str:
-    """One life of the SuperNode, shown as it goes; returns why it ended, or could not begin."""
+    """One life of the SuperNode; returns why it ended, or could not begin.
+
+    What it says is shown once it is connected; before, where there is no better word for why it was not.
+    """
     if (why := obstacle(node.server, node.authority)) is not None:
         return why
     process = start("clients.node", node.arguments(), node.environment(), piped=True)
-    last: deque[str] = deque(maxlen=100)
-
-    def hear(line: str) -> None:
-        last.append(COLOUR.sub("", line))
-        show(last[-1])
-        if found := CONNECTED.search(line):
-            say(f"connected to {node.server} as node {found[1]}")
-
-    reader = lines(process, hear)
+    voice = Voice(node.server)
+    reader = lines(process, voice.hear)
     try:
         code = process.wait()
         reader.join(1.0)  # for its last words; a process of its own that hangs may hold the line
     finally:
         stop(process)
-    return why_ended(code, last)
+    if (why := why_ended(voice.last)) is not None:
+        return why
+    voice.show()
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+    return f"the SuperNode has ended {how}"
 
 
-def why_ended(code: int, said: Sequence[str]) -> str:
-    """Why a SuperNode has ended, from its exit code and its last lines."""
-    for words, meaning in WHY.items():
-        if any(words in line for line in said):
-            return meaning
-    if code < 0:
-        return f"the SuperNode was ended by {signal.Signals(-code).name}"
-    after = [said[i + 1] for i, line in enumerate(list(said)[:-1]) if "Exit Code:" in line] if said else []
-    words = in_one_line(after[-1] if after else said[-1]) if said else "it said nothing"
-    return f"the SuperNode has ended with exit code {code}: {words}"
+class Voice:
+    """What a SuperNode says, held back until it is connected."""
+
+    def __init__(self, server: Address) -> None:
+        self.last: deque[str] = deque(maxlen=100)
+        self._server = server
+        self._held: list[str] = []
+        self._connected = False
+
+    def hear(self, line: str) -> None:
+        """Take a line."""
+        line = COLOUR.sub("", line).rstrip()
+        self.last.append(line)
+        self._held.append(line)
+        if found := CONNECTED.search(line):
+            self._connected = True
+            say(f"connected to {self._server} as node {found[1]}")
+        if self._connected:
+            self.show()
+
+    def show(self) -> None:
+        """Show what is held back."""
+        for line in self._held:
+            show(line)
+        self._held.clear()
+
+
+def why_ended(said: Iterable[str]) -> str | None:
+    """Why a SuperNode has ended, from its last lines; None where they are not known."""
+    return next((meaning for words, meaning in WHY.items() if any(words in line for line in said)), None)

@@ -116,7 +116,7 @@ def status(state: Annotated[Path, option("the server's --state")]) -> None:
 
 def run(
     server: Server,
-    out: Annotated[Path, option("the run folder, an absolute path on this machine; one begun goes on")],
+    out: Annotated[Path, option("the run folder, an absolute path; a run that began in it goes on")],
     assignments: commands.Assignments = None,
     config: commands.ConfigFile = None,
     strategy: Annotated[str | None, option("fedcmr (default), fedavg, fedprox or local")] = None,

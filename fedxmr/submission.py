@@ -18,7 +18,7 @@ from pathlib import Path
 
 from fedxmr import __version__
 from fedxmr.addresses import Address, obstacle
-from fedxmr.commands import FAILED, OK
+from fedxmr.commands import A_MISTAKE, BAD_INPUT, FAILED, OK
 from fedxmr.errors import FederationError, InputError
 from fedxmr.flower import CONNECTION, Flower, FlowerError
 from fedxmr.processes import ROOT
@@ -32,6 +32,11 @@ LAST_LOOKS = 3
 """How often a run that has ended is read again, for its last words may come late."""
 
 EXIT_CODE = re.compile(r"exit code: (\d+)")
+"""A run's last line."""
+
+FLOWERS = re.compile(r"(\x1b\[\d+m)?(INFO|DEBUG) (\x1b\[0m)?: |Successfully installed fedxmr to ")
+"""How lines begin that are Flower's and not the run's."""
+
 PROJECT = f"""\
 [project]
 name = "fedxmr"
@@ -111,14 +116,17 @@ def follow(flower: Flower, run: str, show: Callable[[str], None], patience: floa
 
     The exit code is what the run's last line says. Raises FederationError where there is no such line, or no SuperLink.
     """
-    shown, looks, code = 0, 0, None
+    read, looks, code = 0, 0, None
     lost = time.monotonic()
     while True:
-        for line in _log(flower, run, shown):
-            show(line)
-            shown += 1
+        for line in _log(flower, run, read):
+            read += 1
+            if (code is None or code == A_MISTAKE) and not FLOWERS.match(line):  # of a mistake Flower shows where it is
+                show(line)
             if found := EXIT_CODE.fullmatch(line.strip()):
                 code = int(found[1])
+        if code is not None:
+            return code
         try:
             status, details = _status(flower, run)
         except FlowerError as error:
@@ -126,8 +134,6 @@ def follow(flower: Flower, run: str, show: Callable[[str], None], patience: floa
                 raise FederationError(f"run {run}: lost sight of it: {error}") from error
         else:
             lost = time.monotonic()
-            if code is not None:
-                return code
             looks += status.startswith("finished")
             if looks >= LAST_LOOKS:
                 raise FederationError(f"run {run}: {status}, without an exit code{f': {details}' if details else ''}")
@@ -156,7 +162,7 @@ def expect_success(run: str, code: int) -> None:
     """Nothing where a run's exit code is 0; else raises the error with which a command ends likewise."""
     if code == OK:
         return
-    if code == 2:
+    if code == BAD_INPUT:
         raise InputError(f"run {run}: bad input, as it says above")
     what = "failed" if code == FAILED else f"ended with exit code {code}"
     raise FederationError(f"run {run}: {what}, as it says above")
