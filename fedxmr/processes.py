@@ -118,8 +118,8 @@ def lines(process: subprocess.Popen[str], to: Callable[[str], None]) -> threadin
 
     def read() -> None:
         assert process.stdout is not None
-        with suppress(ValueError):  # closed
-            for line in process.stdout:
+        with process.stdout as said:
+            for line in said:
                 to(line.rstrip("\n"))
 
     thread = threading.Thread(target=read, daemon=True)
