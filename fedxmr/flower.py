@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -88,7 +87,6 @@ def _json(text: str) -> dict[str, Any] | None:
 
 
 def _words(answer: Mapping[str, Any] | None, otherwise: str) -> str:
-    """What Flower says is wrong, without the line by which it says whom it asked."""
-    said = str((answer or {}).get("error-message") or otherwise)
-    kept = [line for line in said.splitlines() if not line.startswith("Using SuperLink")]
-    return in_one_line(os.linesep.join(kept)) or "it ended without a word"
+    """What Flower says is wrong, without what it said before: whom it asked, and what it would like of the app."""
+    said = str((answer or {}).get("error-message") or otherwise).strip()
+    return in_one_line(said.rpartition("\n\n")[2]) or "it ended without a word"
