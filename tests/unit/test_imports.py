@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(path for folder in ("fedxmr", "clients", "server") for path in (ROOT / folder).rglob("*.py"))
-COMMANDS = {"fedxmr/simulate.py", "fedxmr/centralized.py"}
+COMMANDS = {"fedxmr/simulate.py", "fedxmr/centralized.py", "fedxmr/deploy.py"}
 CARRIERS = {"fedxmr/wire.py"}
 
 
