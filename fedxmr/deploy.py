@@ -128,8 +128,8 @@ def run(
 ) -> None:
     """Submit a run, on the server's own machine, and follow it to its end; the exit code is the run's.
 
-    Later settings win: defaults, the strategy's preset, --config, options, KEY=VALUE. Ctrl-C ends the following, not the
-    run. What is submitted runs on the server and on every client: the fedxmr that is installed here.
+    Later settings win: defaults, the strategy's preset, --config, options, KEY=VALUE. Ctrl-C ends the following, not
+    the run. What is submitted runs on the server and on every client: the fedxmr that is installed here.
     """
     options = {
         "strategy.name": strategy,

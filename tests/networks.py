@@ -44,11 +44,12 @@ class Machine:
     Whatever is sent to anywhere but the bridge goes to the device `out`, which only counts it.
     """
 
-    def __init__(self, name: str, number: int, folder: Path, bridge: str) -> None:
+    def __init__(self, name: str, number: int, folder: Path, bridge: str, hidden: Sequence[Path] = ()) -> None:
+        """number: the last of its address. hidden: folders that are empty to its processes."""
         self.name = f"{bridge}-{name}"
         self.address = f"{SUBNET}.{number}"
         self.folder = folder
-        self.hidden: list[Path] = []
+        self._hidden = hidden
         self._started: list[subprocess.Popen[bytes]] = []
         folder.mkdir(parents=True)
         ip("netns", "add", self.name)
@@ -62,8 +63,9 @@ class Machine:
         for device in ("lo", "eth0"):
             ip("-n", self.name, "link", "set", device, "up")
         ip("-n", self.name, "addr", "add", f"{self.address}/24", "dev", "eth0")
-        ip("-n", self.name, "link", "add", "out", "type", "dummy")
-        ip("-n", self.name, "link", "set", "out", "up")
+        ip("-n", self.name, "link", "add", "out", "type", "veth", "peer", "name", "nowhere")
+        for device in ("out", "nowhere"):
+            ip("-n", self.name, "link", "set", device, "up")
         ip("-n", self.name, "route", "add", "default", "dev", "out")
 
     def start(self, name: str, *arguments: object) -> subprocess.Popen[bytes]:
@@ -126,7 +128,7 @@ class Machine:
 
     def _line(self, arguments: Sequence[object]) -> list[str]:
         """`ip netns exec` makes a mount namespace too: what is hidden in it is hidden to this process alone."""
-        hide = "".join(f"mount -t tmpfs none {shlex.quote(str(path))} && " for path in self.hidden)
+        hide = "".join(f"mount -t tmpfs none {shlex.quote(str(path))} && " for path in self._hidden)
         python = shlex.join([sys.executable, "-m", *map(str, arguments)])
         return ["ip", "netns", "exec", self.name, "sh", "-c", f"{hide}exec {python}"]
 

@@ -40,7 +40,6 @@ class Deployment:
 
     server: Machine
     clients: list[Machine]
-    data: Path
     service: subprocess.Popen[bytes] | None = None
     supervisors: dict[int, subprocess.Popen[bytes]] = field(default_factory=dict)
 
@@ -78,10 +77,6 @@ class Deployment:
         file.write_text(json.dumps(tree(rounds, dataset={"name": "own-folder", "scaling": SCALING}, **learner)))
         options = ("--server", f"127.0.0.1:{PORT}", "--ca", self.authority, "--out", out, "--config", file)
         return self.server.start(out.name, "fedxmr.deploy", "run", *options)
-
-    def close(self) -> None:
-        for machine in (*self.clients, self.server):
-            machine.close()
 
 
 SCALING = {"image": "standardise", "text": "norm"}
@@ -127,11 +122,12 @@ def deployment(bridge: str, benchmark_data: Path, tmp_path_factory: pytest.TempP
     """A server and three clients, each with its own key and data, all of which are up."""
     root = tmp_path_factory.mktemp("deployment")
     names = ["server", *(f"client-{k}" for k in range(CLIENTS))]
-    machines = [Machine(name, i + 1, root / name, bridge) for i, name in enumerate(names)]
-    found = Deployment(machines[0], machines[1:], benchmark_data)
-    for machine in machines:
-        machine.hidden = [root / name for name in names if root / name != machine.folder] + [benchmark_data]
+    machines: list[Machine] = []
     try:
+        for number, name in enumerate(names, start=1):
+            hidden = [*(root / other for other in names if other != name), benchmark_data]
+            machines.append(Machine(name, number, root / name, bridge, hidden))
+        found = Deployment(machines[0], machines[1:])
         divide(root / "split", benchmark_data, root)
         keys(found)
         found.serve()
@@ -139,7 +135,8 @@ def deployment(bridge: str, benchmark_data: Path, tmp_path_factory: pytest.TempP
             found.join(k)
         yield found
     finally:
-        found.close()
+        for machine in reversed(machines):
+            machine.close()
 
 
 def divide(split: Path, data: Path, root: Path) -> None:
@@ -193,7 +190,7 @@ def test_what_is_a_clients_own_stays_on_its_machine(deployment):
     server_files = {path.name for path in (deployment.server.folder / "first").rglob("*.safetensors")}
     assert server_files == {"shared-selected.safetensors", "shared-last.safetensors", "server.safetensors"}
     for k, machine in enumerate(deployment.clients):
-        (folder,) = (machine.folder / "state" / "states").iterdir()
+        (folder,) = (machine.folder / "state" / "runs").iterdir()
         assert fedxmr.load(folder, client=k).client == k
 
 
