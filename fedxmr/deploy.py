@@ -116,7 +116,7 @@ def status(state: Annotated[Path, option("the server's --state")]) -> None:
 
 def run(
     server: Server,
-    out: Annotated[Path, option("the run folder, an absolute path; a run that began in it goes on")],
+    out: Annotated[Path, option("the run folder, an absolute path; what began there goes on")],
     assignments: commands.Assignments = None,
     config: commands.ConfigFile = None,
     strategy: Annotated[str | None, option("fedcmr (default), fedavg, fedprox or local")] = None,
@@ -193,13 +193,13 @@ def _link(server: str, ca: Path | None, insecure: bool) -> Link:
 def _follow(flower: Flower, link: Link, run: str) -> None:
     """Follow a run, and end as it ends."""
     from fedxmr.processes import show
-    from fedxmr.submission import expect_success, follow
+    from fedxmr.submission import LostSight, expect_success, follow
 
     try:
         code = follow(flower, run, show)
-    except BaseException as error:
+    except (KeyboardInterrupt, LostSight) as error:
         again = f"python -m fedxmr.deploy {{}} {run} {link.options}"
-        error.add_note(f"the run goes on by itself where it has not ended; to follow it: {again.format('follow')}")
+        error.add_note(f"the run goes on by itself; to follow it again: {again.format('follow')}")
         error.add_note(f"to end it: {again.format('stop')}")
         raise
     expect_success(run, code)

@@ -83,11 +83,11 @@ def make_server(
 
     key: the key it is to have; by default a new one. It never outlives the authority. Raises InputError for a bad name.
     """
+    alternatives = x509.SubjectAlternativeName([_general(name) for name in dict.fromkeys((*names, *ALWAYS))])
     period = period or Period.of(SERVER_DAYS)
     key = key or ec.generate_private_key(Curve())
     end = min(period.end, authority.certificate.not_valid_after_utc)
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, (*names, "fedxmr server")[0][:64])])
-    alternatives = x509.SubjectAlternativeName([_general(name) for name in dict.fromkeys((*names, *ALWAYS))])
     signer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     builder = (
         _builder(subject, authority.certificate.subject, key.public_key(), Period(period.begin, end))
@@ -251,8 +251,9 @@ def check_server(folder: Path, host: str, now: datetime | None = None) -> x509.C
 
 def read_certificate(file: Path) -> x509.Certificate:
     """The certificate in a PEM file. Raises InputError."""
+    content = _read(file)
     try:
-        return x509.load_pem_x509_certificate(_read(file))
+        return x509.load_pem_x509_certificate(content)
     except ValueError as error:
         raise InputError(f"{file}: expected a certificate in PEM format") from error
 
@@ -273,8 +274,9 @@ def read_client_key(file: Path) -> ec.EllipticCurvePrivateKey:
 def read_public(file: Path) -> str:
     """A client's public key as one line in OpenSSH's format, without its comment. Raises InputError."""
     what = "a public ECDSA key in OpenSSH's format (ecdsa-sha2-...)"
+    content = _read(file)
     try:
-        key = serialization.load_ssh_public_key(_read(file))
+        key = serialization.load_ssh_public_key(content)
     except (ValueError, UnsupportedAlgorithm) as error:
         raise InputError(f"{file}: expected {what}") from error
     if not isinstance(key, ec.EllipticCurvePublicKey):
@@ -288,8 +290,9 @@ def exposed(file: Path) -> bool:
 
 
 def _loaded(file: Path, load: Callable[[bytes, bytes | None], object], what: str) -> object:
+    content = _read(file)
     try:
-        return load(_read(file), None)
+        return load(content, None)
     except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # TypeError: it needs a password
         raise InputError(f"{file}: expected {what}") from error
 

@@ -65,8 +65,11 @@ def start(
     )
 
 
-def end_with_parent() -> None:
-    """End this process soon after the one that started it, however that one ends."""
+def end_with_parent(grace: float = GRACE) -> None:
+    """End this process soon after the one that started it, however that one ends.
+
+    grace: seconds it has after it has been asked to.
+    """
     parent = int(os.environ.pop(_PARENT, "0") or 0)
     if not parent:
         return
@@ -75,7 +78,7 @@ def end_with_parent() -> None:
         while os.getppid() == parent:
             time.sleep(0.5)
         os.kill(os.getpid(), signal.SIGTERM)
-        time.sleep(GRACE)
+        time.sleep(grace)
         os._exit(1)  # it would not
 
     threading.Thread(target=watch, daemon=True).start()

@@ -19,7 +19,7 @@ from pathlib import Path
 from fedxmr import __version__
 from fedxmr.addresses import Address, obstacle
 from fedxmr.commands import A_MISTAKE, BAD_INPUT, FAILED, OK
-from fedxmr.errors import FederationError, InputError
+from fedxmr.errors import FederationError, InputError, in_one_line
 from fedxmr.flower import CONNECTION, Flower, FlowerError
 from fedxmr.processes import ROOT
 
@@ -28,7 +28,7 @@ PATIENCE = 180.0
 """Seconds a SuperLink may be away while a run is followed: restarted, say."""
 
 PAUSE = 2.0
-LAST_LOOKS = 3
+LAST_LOOKS = 2
 """How often a run that has ended is read again, for its last words may come late."""
 
 EXIT_CODE = re.compile(r"exit code: (\d+)")
@@ -55,6 +55,10 @@ config = ""
 out = ""
 """
 """The pyproject.toml of an installation that has none, as far as Flower asks for it."""
+
+
+class LostSight(FederationError):
+    """The SuperLink is gone, and with it all that could be known of a run."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def end(flower: Flower, run: str) -> None:
 def follow(flower: Flower, run: str, show: Callable[[str], None], patience: float = PATIENCE) -> int:
     """Show what a run says until it has ended, also when the SuperLink goes away and comes again; its exit code.
 
-    The exit code is what the run's last line says. Raises FederationError where there is no such line, or no SuperLink.
+    The exit code is what the run's last line says. Raises FederationError where it ended without that line, LostSight.
     """
     read, looks, code = 0, 0, None
     lost = time.monotonic()
@@ -131,12 +135,12 @@ def follow(flower: Flower, run: str, show: Callable[[str], None], patience: floa
             status, details = _status(flower, run)
         except FlowerError as error:
             if time.monotonic() - lost > patience:
-                raise FederationError(f"run {run}: lost sight of it: {error}") from error
+                raise LostSight(f"run {run}: lost sight of it: {error}") from error
         else:
             lost = time.monotonic()
             looks += status.startswith("finished")
-            if looks >= LAST_LOOKS:
-                raise FederationError(f"run {run}: {status}, without an exit code{f': {details}' if details else ''}")
+            if looks >= LAST_LOOKS or status == "finished:stopped":
+                raise FederationError(f"run {run}: Flower says {status}{details}, and the run itself nothing")
         time.sleep(PAUSE)
 
 
@@ -155,7 +159,8 @@ def _log(flower: Flower, run: str, skip: int) -> Iterator[str]:
 def _status(flower: Flower, run: str) -> tuple[str, str]:
     """How Flower says a run is, such as finished:completed, and its details. Raises FlowerError."""
     found = flower.ask("list", after=("--run-id", run))["runs"][0]
-    return str(found["status"]), str(found.get("status-details") or "")
+    details = found.get("status-details", "N/A")
+    return str(found["status"]), "" if details in ("N/A", "") else f" ({in_one_line(str(details))})"
 
 
 def expect_success(run: str, code: int) -> None:

@@ -22,7 +22,7 @@ from fedxmr.processes import environment, start, stop
 from server.registry import Registry, read_keys
 
 START_UP, GRACE = 60.0, 3.0
-"""Seconds the SuperLink has to answer, and to end."""
+"""Seconds the SuperLink has to answer, and to end: it would wait for all who are connected."""
 
 POLL = 2.0
 """Seconds between two looks at the folder of keys."""

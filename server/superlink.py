@@ -23,6 +23,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fedxmr.addresses import is_loopback
 from fedxmr.processes import end_with_parent
 
+GRACE = 3.0
+"""Seconds it has to end; it would wait for all who are connected."""
+
 FLEET = "/v1/fleet/"
 PASSED_ON = {b"forwarded", b"x-forwarded-for", b"x-real-ip", b"via"}
 """Headers by which a proxy on this machine gives itself away: what it passes on is not from here."""
@@ -75,7 +78,7 @@ def single(host: str) -> str | None:
 
 def main() -> None:
     """Flower's command line, guarded."""
-    end_with_parent()
+    end_with_parent(GRACE)
     given = dict(zip(sys.argv, sys.argv[1:], strict=False))
     guard(single(given.get("--host", "127.0.0.1")))
     flower_superlink()
