@@ -69,7 +69,8 @@ def describe(config: Config, found: Disclosure) -> Iterator[str]:
     yield "In every round that it takes part in:"
     yield "  the loss of its training, how many training items it has and how many of each class, seconds of work"
     if every:
-        yield f"  mAP of its model on its validation items, by direction, every {every} rounds"
+        often = "" if every == 1 else f", every {every} rounds"
+        yield f"  mAP of its model on its validation items, by direction{often}"
         if config.evaluation.protocol == "paper":
             yield "  mAP of its model on its test items, as often"
     yield from _listed(found.shared) if found.shared else ["  nothing of its model"]
@@ -79,7 +80,7 @@ def describe(config: Config, found: Disclosure) -> Iterator[str]:
     yield "  one line that says what; it may name a file of the client's and quote what is wrong in it"
     yield "Besides, to Flower's server: its network address, its public key, when it is there, how long it worked"
     yield ""
-    yield "What never leaves it: features, labels and numbers of items, what is encoded from them, optimisers' states,"
+    yield "What never leaves it: features and labels of any item, what is encoded from them, the optimiser's state,"
     share = size(found.shared) / (size(found.shared) + size(found.private))
     if not found.private:
         yield "but of its model all is sent."

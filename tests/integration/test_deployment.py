@@ -14,12 +14,15 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psutil
 import pytest
+from cryptography.hazmat.primitives import serialization
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fedxmr import keys as making
 from fedxmr.config import resolve
 from fedxmr.simulate import run as simulate
 from tests import networks
@@ -236,6 +239,45 @@ def test_who_has_no_key_or_another_authority_stays_out(deployment, bridge, tmp_p
         until(lambda: re.search(says, stranger.said("client")), says, stranger, "client")
     finally:
         stranger.close()
+
+
+def test_an_expired_certificate_is_refused_by_the_client_and_not_even_served(deployment, bridge, tmp_path):
+    """The client meets it on another server, which has it from the authority that the client trusts."""
+    other = Machine("expired", 8, tmp_path / "other", bridge)
+    try:
+        folder = other.folder / "keys"
+        folder.mkdir()
+        past = making.Period(datetime.now(UTC) - timedelta(days=2), datetime.now(UTC) - timedelta(days=1))
+        pair = making.make_server(making.read_authority(deployment.authority.parent), [other.address], past)
+        (folder / "server.pem").write_bytes(pair.certificate.public_bytes(serialization.Encoding.PEM))
+        plain = (serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        (folder / "server.key").write_bytes(pair.key.private_bytes(serialization.Encoding.PEM, *plain))
+        (folder / "server.key").chmod(0o600)
+        shutil.copy(deployment.authority, folder)
+        (other.folder / "clients").mkdir()
+        options = ("--state", other.folder / "state", "--keys", folder, "--clients", other.folder / "clients")
+        refused = other.run("fedxmr.deploy", "server", *options, "--port", PORT)
+        assert refused.returncode == 2
+        assert "expired" in refused.stdout
+        certificate = ("--ssl-certfile", folder / "server.pem", "--ssl-keyfile", folder / "server.key")
+        where = ("--ssl-ca-certfile", deployment.authority, "--host", other.address, "--port", PORT)
+        other.start("superlink", "server.superlink", *certificate, *where, "--disable-runtime-dependency-installation")
+        until(lambda: "Uvicorn running" in other.said("superlink"), "the server", other, "superlink")
+        client = other.start("client", "fedxmr.deploy", "client", *client_options(deployment, other, folder, tmp_path))
+        until(lambda: "certificate has expired" in other.said("client"), "the refusal", other, "client")
+        assert client.poll() is None  # it tries again: a certificate may be renewed
+    finally:
+        other.close()
+
+
+def client_options(deployment: Deployment, other: Machine, keys: Path, scratch: Path) -> tuple[object, ...]:
+    """Of client 0 with a key of its own, and the data of the deployment's, going to another server."""
+    own = scratch / "own-keys"
+    other.run("fedxmr.deploy", "keys", "--out", own, "--client", "own")
+    shutil.copy(keys / "ca.crt", own)
+    data = deployment.clients[0].folder / "data"
+    places = ("--data", data, "--state", scratch / "own-state", "--keys", own)
+    return ("--client", 0, "--server", f"{other.address}:{PORT}", *places)
 
 
 def test_a_client_that_is_killed_misses_a_round_and_is_back(deployment):
