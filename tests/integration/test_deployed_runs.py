@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from flwr.app import Message
 
 from clients.app import app as client_app
 from clients.residents import residents
-from fedxmr import commands
+from fedxmr import commands, wire
 from fedxmr.config import Config, override, resolve
 from fedxmr.data import split
 from fedxmr.engines.carrier import SERVER_NODE, context, identify
@@ -27,6 +29,8 @@ from server.nodes import FLOWER
 from tests.federations import SMALL, configured, federate, same_bytes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROOT = Path(__file__).resolve().parents[2]
 
 OWN = (*(a for a in SMALL if not a.startswith("dataset.")), "dataset.name=own-folder")
 
@@ -139,6 +143,33 @@ def test_a_run_that_has_ended_is_not_run_again_and_may_grow(root, tmp_path, caps
     deploy(root, tmp_path / "run", "federation.rounds=5")
     federate(tmp_path / "simulated", "federation.rounds=5")
     assert same_bytes(tmp_path / "simulated", tmp_path / "run")
+
+
+def test_a_client_that_was_away_in_the_farewell_gets_its_models_when_the_run_is_submitted_again(root, tmp_path):
+    class Away(Machines):
+        def exchange(self, messages: list[Message], timeout: float | None) -> Iterable[Message]:
+            away = bool(messages) and messages[0].metadata.message_type == wire.FINISH
+            return super().exchange(messages[1:] if away else messages, 0.1 if away else timeout)
+
+    Away(deployed("federation.deadline=0.2"), root, tmp_path / "run").run_server()
+    (folder,) = (root / "state-0").iterdir()
+    assert not (folder / "clients").exists()
+    deploy(root, tmp_path / "run", "federation.deadline=0.2")
+    assert (folder / "clients" / "0" / "selected.safetensors").is_file()
+    federate(tmp_path / "simulated")
+    assert same_bytes(tmp_path / "simulated", tmp_path / "run")
+
+
+def test_a_deployed_client_that_hangs_ends_with_its_deadline():
+    hangs = """if True:
+        import time
+        from types import SimpleNamespace
+        from clients.app import _in_time
+        context = SimpleNamespace(run_config={"config": "federation: {deadline: 0.1}"})
+        with _in_time(context, SimpleNamespace(data="a folder")):
+            time.sleep(600)
+    """
+    assert subprocess.run([sys.executable, "-c", hangs], cwd=ROOT, timeout=120, check=False).returncode == 1
 
 
 def test_it_does_not_go_on_with_other_data(root, tmp_path):
