@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from clients.residents import Place, residents
 from fedxmr import recording, wire
+from fedxmr.config import Config
 from fedxmr.models import save_models
 from fedxmr.snapshot import Snapshot
 from fedxmr.timing import clock
@@ -17,16 +23,17 @@ app = ClientApp()
 @app.query("start")
 def start(message: Message, context: Context) -> Message:
     """Say who this client is."""
-    with clock.part("start_up"):
-        registration = residents.welcome(context, _place(message, context)).register()
+    place = _place(message, context)
+    with _in_time(context, place), clock.part("start_up"):
+        registration = residents.welcome(context, place).register()
     return Message(wire.pack_registration(registration), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Do one task of a round."""
-    task = wire.unpack_task(message.content)
-    with residents.at_work(context, _place(message, context), task.base) as client:
+    task, place = wire.unpack_task(message.content), _place(message, context)
+    with _in_time(context, place), residents.at_work(context, place, task.base) as client:
         update = client.take_part(task)
     return Message(wire.pack_update(update), reply_to=message)
 
@@ -54,13 +61,32 @@ def restore(message: Message, context: Context) -> Message:
 def finish(message: Message, context: Context) -> Message:
     """Hold the final models, and say how good they are."""
     farewell, place = wire.unpack_farewell(message.content), _place(message, context)
-    with residents.at_work(context, place, farewell.base) as client:
+    with _in_time(context, place), residents.at_work(context, place, farewell.base) as client:
         report = client.finish(farewell)
         with clock.part("state"):
             save_models(place.out / "clients" / str(client.client), client.models())
             if place.data is not None:  # with it, fedxmr.load takes the folder for a run's
                 recording.write_text(place.out / "config.yaml", str(context.run_config["config"]))
     return Message(wire.pack_report(report), reply_to=message)
+
+
+@contextmanager
+def _in_time(context: Context, place: Place) -> Iterator[None]:
+    """Within it a deployed client's process ends when its deadline is over: no message reaches one that hangs.
+
+    The process is there for this message alone; the next one has another.
+    """
+    if place.data is None:
+        yield
+        return
+    deadline = Config.from_yaml(str(context.run_config["config"])).federation.deadline
+    watchdog = threading.Timer(deadline, os._exit, (1,))
+    watchdog.daemon = True
+    watchdog.start()
+    try:
+        yield
+    finally:
+        watchdog.cancel()
 
 
 def _place(message: Message, context: Context) -> Place:

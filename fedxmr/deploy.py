@@ -105,6 +105,26 @@ def client(
     serve(Node(client, address, data.absolute(), state.absolute(), keys and keys.absolute(), threads))
 
 
+def leaves(
+    assignments: commands.Assignments = None,
+    config: commands.ConfigFile = None,
+    strategy: Annotated[str | None, option("fedcmr (default), fedavg, fedprox or local")] = None,
+    learner: commands.LearnerName = None,
+    data: Annotated[Path | None, option("the client's folder; without it the sizes are those of made-up data")] = None,
+) -> None:
+    """Print what leaves a client's machine in a run of this configuration, and what does not."""
+    from fedxmr.data import load_dataset
+    from fedxmr.disclosure import describe, disclosure
+
+    options = {"strategy.name": strategy, "learner.name": learner}
+    if data is None:
+        say("no --data: sizes are those of made-up images and texts; with a client's folder they are its own\n")
+    checked = configure(config, options, assignments)
+    found = load_dataset("synthetic") if data is None else load_dataset(str(data.absolute()))
+    for line in describe(checked, disclosure(checked, found)):
+        say(line)
+
+
 def status(state: Annotated[Path, option("the server's --state")]) -> None:
     """Say of each client that the server knows whether it is online."""
     from server.service import registry_of
@@ -213,6 +233,7 @@ if __name__ == "__main__":
         "run": run,
         "follow": follow,
         "stop": stop,
+        "leaves": leaves,
         "status": status,
     }
     commands.main(several, about=__doc__)

@@ -66,20 +66,21 @@ def describe(config: Config, found: Disclosure) -> Iterator[str]:
         yield f"  of {modality}: the mean, and the sum of squares about it, of each of its {width} columns"
     if found.class_vectors:
         yield "  the vectors of the classes (class_vectors.npy), in which it agrees with all others"
-    yield "In every round that it takes part in:"
+    yield "In every round that it takes part in, or is measured in:"
     yield "  the loss of its training, how many training items it has and how many of each class, seconds of work"
     if every:
-        yield f"  mAP of its model on its validation items, by direction, every {every} rounds"
+        often = "" if every == 1 else f", every {every} rounds and after the last"
+        yield f"  mAP of its model on its validation items, by direction{often}"
         if config.evaluation.protocol == "paper":
             yield "  mAP of its model on its test items, as often"
     yield from _listed(found.shared) if found.shared else ["  nothing of its model"]
     yield "At the end:"
     yield "  mAP of its selected and its last model on its test items, and the hash of its last model"
     yield "When something goes wrong:"
-    yield "  one line that says what; it may name a file of the client's and quote what is wrong in it"
+    yield "  the words of the error; they may name a file of the client's and quote what is wrong in it"
     yield "Besides, to Flower's server: its network address, its public key, when it is there, how long it worked"
     yield ""
-    yield "What never leaves it: features, labels and numbers of items, what is encoded from them, optimisers' states,"
+    yield "What never leaves it: features and labels of any item, what is encoded from them, the optimiser's state,"
     share = size(found.shared) / (size(found.shared) + size(found.private))
     if not found.private:
         yield "but of its model all is sent."

@@ -170,8 +170,9 @@ def reopen(out: Path, config: Config, data: Dataset | None, parts: Sequence[Part
     if summary.get("rounds") == has:
         if has_ended(out, config):
             raise InputError(f"{out}: this run has ended; a larger federation.rounds would continue it")
-        _sweep(out, ())
-        return True
+        if not config.deployed:
+            _sweep(out, ())
+            return True
     last = verify(out, experiment(out, config)) if rounds(out) else {}  # without one it goes on from the start
     had = max(before.federation.rounds, *(known.get("rounds", 0) for known in (summary, last)))
     if has < had:
@@ -188,8 +189,17 @@ def reopen(out: Path, config: Config, data: Dataset | None, parts: Sequence[Part
 
 
 def has_ended(out: Path, config: Config) -> bool:
-    """Whether a run has nothing left to do: in a deployment there is no report, for which one needs the data."""
-    return (out / ("summary.json" if config.deployed else "retrieval.json")).is_file()
+    """Whether a run has nothing left to do.
+
+    In a deployment there is no report, for which one needs the data; but clients that were away in its last messages
+    have yet to get their models.
+    """
+    if not config.deployed:
+        return (out / "retrieval.json").is_file()
+    if not (out / "summary.json").is_file():
+        return False
+    summary = read_json(out / "summary.json")
+    return not any(entry["round"] > summary["rounds"] for entry in (*summary["failed"], *summary["rejected"]))
 
 
 def _check_beginnings(out: Path, config: Config, data: Dataset | None, parts: Sequence[Part]) -> None:

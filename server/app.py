@@ -62,14 +62,14 @@ def prepare(config: Config, out: Path) -> Dataset:
 
 def deploy(config: Config, out: Path, grid: Grid) -> None:
     """A run with clients that have data of their own; or the rest of it, where `out` has the beginning of it."""
-    resume = out.is_dir() and any(out.iterdir())
-    ended = resume and recording.reopen(out, config, None, ())
-    if not resume:
+    resume = (out / "config.yaml").is_file()
+    if resume:
+        recording.reopen(out, config, None, ())
+    else:
         recording.prepare(out, config, None, ())
     with recording.claimed(out):
         try:
-            if not ended:
-                federate(config, out, grid, resume=resume)
+            federate(config, out, grid, resume=resume)
             report_deployed(config, out)
         except BaseException as error:
             error.add_note(recording.outlook(out, config))
