@@ -21,6 +21,7 @@ from fedxmr.addresses import Address, obstacle
 from fedxmr.commands import A_MISTAKE, BAD_INPUT, FAILED, OK
 from fedxmr.errors import FederationError, InputError, in_one_line
 from fedxmr.flower import CONNECTION, Flower, FlowerError
+from fedxmr.keys import check_authority
 from fedxmr.processes import ROOT
 
 PACKAGES = ("fedxmr", "server", "clients")
@@ -76,6 +77,8 @@ class Link:
     @contextmanager
     def open(self) -> Iterator[Flower]:
         """Flower's commands, for as long as they are needed. Raises InputError where there is no server."""
+        if self.authority is not None:
+            check_authority(self.authority)
         if (why := obstacle(self.server, self.authority)) is not None:
             raise InputError(f"--server: {why}")
         with tempfile.TemporaryDirectory(prefix="fedxmr-") as home:

@@ -67,6 +67,7 @@ def deploy(config: Config, out: Path, grid: Grid) -> None:
         recording.reopen(out, config, None, ())
     else:
         recording.prepare(out, config, None, ())
+    say(f"experiment {recording.experiment(out, config)}: so the folder is called that each client keeps of it")
     with recording.claimed(out):
         try:
             federate(config, out, grid, resume=resume)
