@@ -32,6 +32,9 @@ PAUSE = 2.0
 LAST_LOOKS = 2
 """How often a run that has ended is read again, for its last words may come late."""
 
+UNKNOWN = "Run ID not found"
+"""Flower's words for a run that there never was."""
+
 EXIT_CODE = re.compile(r"exit code: (\d+)")
 """A run's last line."""
 
@@ -121,7 +124,8 @@ def end(flower: Flower, run: str) -> None:
 def follow(flower: Flower, run: str, show: Callable[[str], None], patience: float = PATIENCE) -> int:
     """Show what a run says until it has ended, also when the SuperLink goes away and comes again; its exit code.
 
-    The exit code is what the run's last line says. Raises FederationError where it ended without that line, LostSight.
+    The exit code is what the run's last line says. Raises FederationError where it ended without that line, LostSight,
+    InputError where there is no such run.
     """
     read, looks, code = 0, 0, None
     lost = time.monotonic()
@@ -137,6 +141,8 @@ def follow(flower: Flower, run: str, show: Callable[[str], None], patience: floa
         try:
             status, details = _status(flower, run)
         except FlowerError as error:
+            if UNKNOWN in str(error):
+                raise InputError(f"run {run}: the server knows of no such run") from error
             if time.monotonic() - lost > patience:
                 raise LostSight(f"run {run}: lost sight of it: {error}") from error
         else:

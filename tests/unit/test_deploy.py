@@ -291,6 +291,8 @@ match sys.argv[1:]:
     case ["list", *_]:
         if (base / "gone").exists():
             refuse("Connection to the SuperLink is unavailable.")
+        if (base / "unknown").exists():
+            refuse("Run ID not found")
         state = (base / "state").read_text() if (base / "state").exists() else "running"
         answer(runs=[{{"status": state, "status-details": "N/A"}}])
     case ["log", *_]:
@@ -460,6 +462,13 @@ def test_a_broken_connection_repeats_and_loses_no_line(tmp_path, flower):
 def test_a_run_that_ends_without_a_word_has_failed(tmp_path, flower, state):
     logs(tmp_path, "round 1\n", state=state)
     with pytest.raises(FederationError, match=rf"run 7: Flower says {state}, and the run itself nothing"):
+        submission.follow(flower, "7", lambda line: None)
+
+
+def test_a_run_that_there_never_was_is_not_waited_for(tmp_path, flower):
+    logs(tmp_path, "")
+    (tmp_path / "flower" / "unknown").touch()
+    with pytest.raises(InputError, match=r"^run 7: the server knows of no such run$"):
         submission.follow(flower, "7", lambda line: None)
 
 
