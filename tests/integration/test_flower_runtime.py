@@ -114,7 +114,7 @@ def test_flowers_own_runtime_gives_the_same_bytes(tmp_path, flower):
             "{tmp}/run",
             "unknown configuration key 'strategy.gama'; did you mean 'strategy.gamma'?",
         ),
-        ("{}", "run", "out: expected the absolute path of a new run folder in --run-config, got 'run'"),
+        ("{}", "run", "out: expected the absolute path of a run folder in --run-config, got 'run'"),
     ],
 )
 def test_bad_input_fails_the_run_and_says_why(tmp_path, flower, text, out, says):
