@@ -25,11 +25,7 @@ GRACE = 8.0
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """The environment of Flower's processes: nothing is sent or installed unasked, and its files go to `home`.
-
-    The directory of this Python comes first in PATH: Flower starts its further commands by name.
-    """
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    """The environment of Flower's processes: nothing is sent or installed unasked, and its files go to `home`."""
     here = "localhost,127.0.0.1,::1"  # a proxy is for the way out
     bypass = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), here)))
     return {
@@ -37,12 +33,17 @@ def environment(home: Path, **more: str) -> dict[str, str]:
         **QUIET,
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_HOME": str(home),
-        "PATH": path,
+        "PATH": search_path(),
         "PYTHONUNBUFFERED": "1",
         "NO_PROXY": bypass,
         "no_proxy": bypass,
         **more,
     }
+
+
+def search_path() -> str:
+    """PATH with the directory of this Python before all others: Flower starts its further commands by name."""
+    return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
 
 def start(

@@ -12,6 +12,7 @@ which Flower builds its outermost layer. tests/unit/test_superlink.py fails wher
 
 from __future__ import annotations
 
+import os
 import sys
 
 from flwr.superlink import extensions
@@ -21,7 +22,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fedxmr.addresses import is_loopback
-from fedxmr.processes import end_with_parent
+from fedxmr.processes import end_with_parent, search_path
 
 GRACE = 3.0
 """Seconds it has to end; it would wait for all who are connected."""
@@ -79,6 +80,7 @@ def single(host: str) -> str | None:
 def main() -> None:
     """Flower's command line, guarded."""
     end_with_parent(GRACE)
+    os.environ["PATH"] = search_path()
     given = dict(zip(sys.argv, sys.argv[1:], strict=False))
     guard(single(given.get("--host", "127.0.0.1")))
     flower_superlink()
