@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -87,13 +88,10 @@ class Residents:
         self._sizes: dict[int, int] = {}
 
     def welcome(self, context: Context, place: Place) -> Client:
-        """A client as new, at the start of a run or when it begins again."""
+        """A client as new, at the start of a run or when it begins again; it is not kept before it has work."""
         self._clients.pop(place.client, None)
         self._sizes.pop(place.client, None)
-        client = self._new(context, place)
-        if place.alive:
-            self._clients[place.client] = client
-        return client
+        return self._new(context, place)
 
     @contextmanager
     def at_work(self, context: Context, place: Place, base: int) -> Iterator[Client]:
@@ -130,11 +128,10 @@ class Residents:
     def _new(self, context: Context, place: Place) -> Client:
         setting = self._settle(context, place)
         if place.data is not None:
-            return Client(setting, setting.data.train, place.owner)
-        parts = sources.parts(setting.config)
-        if not 0 <= place.client < len(parts):
-            raise InputError(f"expected a client from 0 to {len(parts) - 1}, got {place.client}")
-        return Client(setting, parts[place.client].take(setting.data.train), place.owner)
+            return Client(setting, lambda: setting.data.train, place.owner)
+        if not 0 <= place.client < len(setting.parts):
+            raise InputError(f"expected a client from 0 to {len(setting.parts) - 1}, got {place.client}")
+        return Client(setting, partial(setting.parts[place.client].take, setting.data.train), place.owner)
 
     def _settle(self, context: Context, place: Place) -> Setting:
         """What all clients of this process share; another run, or life of the worker, begins with nobody here."""

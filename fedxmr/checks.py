@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import permutations
 from statistics import fmean
@@ -29,10 +30,10 @@ def check_registrations(registrations: Sequence[Registration], clients: int) -> 
 
     Raises FederationError with a line for everything that does not fit.
     """
-    ids = [r.client for r in registrations]
-    wrong = [f"client {k}: claimed by {ids.count(k)} nodes" for k in sorted(set(ids)) if ids.count(k) > 1]
-    wrong += [f"client {k}: expected an id from 0 to {clients - 1}" for k in sorted(set(ids)) if not 0 <= k < clients]
-    wrong += [f"client {k}: did not register" for k in sorted(set(range(clients)) - set(ids))]
+    times = Counter(r.client for r in registrations)
+    wrong = [f"client {k}: claimed by {times[k]} nodes" for k in sorted(times) if times[k] > 1]
+    wrong += [f"client {k}: expected an id from 0 to {clients - 1}" for k in sorted(times) if not 0 <= k < clients]
+    wrong += [f"client {k}: did not register" for k in sorted(set(range(clients)) - times.keys())]
     for r in registrations:
         wrong += [f"client {r.client}: {fault}" for fault in _registration_faults(r)]
     for what, of in (
@@ -47,7 +48,7 @@ def check_registrations(registrations: Sequence[Registration], clients: int) -> 
         standardised = {r.client: modality in r.moments for r in registrations if modality in r.held}
         wrong += _disagreements(f"standardisation of {modality}", standardised)
     wrong += [
-        f"client {r.client}: versions: expected the server's {versions()}, got {dict(r.versions)}"
+        f"client {r.client}: versions: expected the server's {dict(versions())}, got {dict(r.versions)}"
         for r in registrations
         if r.versions != versions()
     ]

@@ -31,6 +31,13 @@ SIGTERM and SIGHUP end a run as Ctrl-C does, with 143 and 129. The last line say
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Nothing is sent anywhere that the user did not ask for."""
 
+SWIFT = {"GOMP_SPINCOUNT": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+"""Read by torch as it is loaded, and left to a user who has set them.
+
+Threads that wait for each other sleep: where they spin, any other process on the machine makes a step take ten times as
+long. And large tensors are of large pages: the fresh gradients of a step are a hundred thousand small ones.
+"""
+
 
 class ProtocolName(StrEnum):
     """How the reported round is chosen."""
@@ -173,6 +180,7 @@ def run(
     command: one, or several by name, of which the first argument chooses; about: what several have in common.
     """
     os.environ.update(QUIET)
+    os.environ.update({name: value for name, value in SWIFT.items() if name not in os.environ})
     application = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, help=about)
     caught: list[BaseException] = []
 

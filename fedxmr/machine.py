@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +14,8 @@ from fedxmr import __version__
 from fedxmr.errors import InputError
 
 
-def versions() -> dict[str, str]:
+@cache
+def versions() -> Mapping[str, str]:
     """What must be the same on all machines of a federation; of torch not what it was built for, such as +cpu."""
     return {"fedxmr": __version__, "torch": str(torch.__version__).partition("+")[0], "flwr": version("flwr")}
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 
-from fedxmr.commands import QUIET
+from fedxmr.commands import QUIET, SWIFT
 
 ROOT = Path(__file__).resolve().parents[1]
 """Where the packages fedxmr, server and clients lie."""
@@ -29,6 +29,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     here = "localhost,127.0.0.1,::1"  # a proxy is for the way out
     bypass = ",".join(filter(None, (os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), here)))
     return {
+        **SWIFT,
         **{name: value for name, value in os.environ.items() if name not in ("FORWARDED_ALLOW_IPS", "FLWR_LOG_LEVEL")},
         **QUIET,
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",

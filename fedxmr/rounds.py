@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -36,14 +37,17 @@ _DIRTY = -1
 class Client:
     """One client: its items, and what it carries from message to message."""
 
-    def __init__(self, setting: Setting, items: Items, owner: Owner) -> None:
-        """items: its own raw training items. owner: whose its durable states are."""
+    def __init__(self, setting: Setting, take: Callable[[], Items], owner: Owner) -> None:
+        """take: gives its own raw training items, of which it keeps no copy. owner: whose its durable states are."""
         self.owner = owner
         self.client = owner.client
         self.kept: dict[int, State] = {}
         self._setting = setting
         self._config = setting.config
-        self._raw = items
+        self._take = take
+        raw = take()
+        self._n, self._class_counts = len(raw), class_counts(raw)
+        self._held = {modality: len(raw.rows[modality]) for modality in raw.modalities}
         self._scaler = Scaler({}, {})
         self._items: Items | None = None
         self._learner: Learner | None = None
@@ -55,10 +59,10 @@ class Client:
         """What the server may know of this client before the first round."""
         return Registration(
             client=self.client,
-            n=len(self._raw),
-            class_counts=class_counts(self._raw),
+            n=self._n,
+            class_counts=self._class_counts,
             spec=self._setting.data.spec,
-            held={modality: len(self._raw.rows[modality]) for modality in self._raw.modalities},
+            held=self._held,
             moments=self._moments(),
             versions=versions(),
             initial_sha256=self._setting.initial_sha256,
@@ -125,7 +129,7 @@ class Client:
 
     @property
     def nbytes(self) -> int:
-        """The memory this client takes, but for its raw items: states, and its items as the learner sees them."""
+        """The memory this client takes: states, and its items as the learner sees them."""
         live = self._setting.state_bytes if self._learner is not None else 0
         held = self._previous.nbytes if self._previous is not None else 0
         kept = sum(size(weights) for weights in self.kept.values())
@@ -159,7 +163,7 @@ class Client:
             self.kept = {round: weights for round, weights in self.kept.items() if round == task.leader}
             self.kept[task.round - 1] = self.learner.state(self._weights())
         loss, shared = self._train(task) if task.fit else (None, {})
-        return Update(task.round, self.client, len(self._raw), class_counts(self._raw), loss, shared, validation, test)
+        return Update(task.round, self.client, self._n, self._class_counts, loss, shared, validation, test)
 
     def return_to(self, base: int) -> None:
         """Go to the state of the last accepted reply, and discard anything newer. RuntimeError where it is not here."""
@@ -188,9 +192,8 @@ class Client:
         if self._before is None:
             self.learner.load(task.shared)
             return
-        after = self.learner.state(self._before)
-        counts = class_counts(self._raw)
-        self.learner.load(merge(strategy, task.shared, self._before, after, self.learner.by_class, counts))
+        after = self.learner.state(self._before) if self._before else {}
+        self.learner.load(merge(strategy, task.shared, self._before, after, self.learner.by_class, self._class_counts))
         _, held_back = self._division(task.base)
         if len(held_back):
             with clock.part("fit"):
@@ -207,9 +210,9 @@ class Client:
             # before W_0: where prototypes start is no change of the client's, and takes all its items, held back or not
             start = generator(self._config.seed, "start", task.round, self.client)
             self.learner.fit(self._scaled(), 0, start, proximal)
-        self._before = self.learner.state(own)
+        self._before = self.learner.state(own) if strategy.merge == "smooth" else {}  # nothing else asks for W_0
         joint, _ = self._division(task.round)
-        items = self._scaled() if len(joint) == len(self._raw) else self._scaled().select(joint)
+        items = self._scaled() if len(joint) == self._n else self._scaled().select(joint)
         with clock.part("fit"):
             rng = generator(self._config.seed, "joint", task.round, self.client)
             with items.lent("the learner's fit"):
@@ -221,7 +224,7 @@ class Client:
     def _division(self, round: int) -> tuple[Tensor, Tensor]:
         """The items of a round's joint stage and those held back for its enhancement."""
         rng = generator(self._config.seed, "division", round, self.client)
-        return divide(len(self._raw), self._config.strategy.joint_fraction, rng)
+        return divide(self._n, self._config.strategy.joint_fraction, rng)
 
     def _evaluate(self, part: str) -> Scores:
         if part == "test" and self._config.evaluation.on == "all-test":
@@ -234,7 +237,7 @@ class Client:
 
     def _owned(self) -> frozenset[str]:
         """The shared names this client can train."""
-        return owned_names(self._setting.shared, self.learner, self._raw.modalities)
+        return owned_names(self._setting.shared, self.learner, self._held)
 
     def _standardise(self, scaler: Scaler | None) -> None:
         if self._config.federation.standardise == "client":
@@ -245,11 +248,11 @@ class Client:
 
     def _scaled(self) -> Items:
         if self._items is None:
-            self._items = self._setting.scale(self._raw, self._scaler)
+            self._items = self._setting.scale(self._take(), self._scaler)
         return self._items
 
     def _moments(self) -> dict[str, Moments]:
-        return moments(self._raw, self._setting.scaling)
+        return moments(self._take(), self._setting.scaling)
 
 
 def divide(n: int, fraction: float, rng: torch.Generator) -> tuple[Tensor, Tensor]:

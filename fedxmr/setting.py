@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,9 +14,10 @@ from fedxmr.data.dataset import lacking
 from fedxmr.errors import InputError
 from fedxmr.learners import describe, learner_class, vet
 from fedxmr.machine import choose_device
+from fedxmr.partition import Part
 from fedxmr.scaling import Scaler, scale
 from fedxmr.seeding import generator
-from fedxmr.sources import scaling, zero_shot
+from fedxmr.sources import parts, scaling, zero_shot
 from fedxmr.state import sha256, size
 from fedxmr.strategies import shared_names
 from fedxmr.types import DataSpec, Items, Learner, State
@@ -31,6 +32,11 @@ class Setting:
         self.device = choose_device(config.runtime.device)
         self.scaling = scaling(config, data)
         self._scaled: tuple[Scaler, dict[str, Items]] = (Scaler({}, {}), {})
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """In a simulation, every client's part of the training items."""
+        return parts(self.config)
 
     @cached_property
     def initial(self) -> State:

@@ -7,6 +7,7 @@ the last merge and enhancement. Nothing counts before it is checked, and every f
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -97,7 +98,8 @@ class Federation:
         self._standing.registered = registered
         self._by_class = learner.by_class
         for r in registrations:
-            self._registered[r.client] = r
+            # what all have in common once, and no moments: of thousands of clients they are gigabytes
+            self._registered[r.client] = replace(r, spec=spec, moments={})
             self._expected[r.client] = {n: initial[n] for n in sorted(owned_names(names, learner, r.held))}
         if config.federation.standardise != "none":
             self._scaler = _common_scaler(registrations)

@@ -28,6 +28,7 @@ import ray
 import torch
 from ray._private import services
 
+from fedxmr.commands import SWIFT
 from fedxmr.config import RuntimeConfig
 from fedxmr.engines.placement import Node
 from fedxmr.errors import FederationError, InputError
@@ -43,7 +44,7 @@ PATIENCE = 30.0
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # as Ray does now: a worker without GPUs sees none
-    "GOMP_SPINCOUNT": "0",  # idle threads do not take the cores that other workers need
+    **SWIFT,
 }
 PRIVATE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # so soon Ray's processes end where this one is killed
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -143,7 +144,7 @@ def test_an_interrupted_run_keeps_what_was_measured(tmp_path):
 def client(*assignments: str, base: tuple[str, ...] = TOY) -> Client:
     config = configured(*assignments, base=base)
     data = dataset(config)
-    return Client(Setting(config, data), parts(config)[0].take(data.train), Owner(0, "ab"))
+    return Client(Setting(config, data), partial(parts(config)[0].take, data.train), Owner(0, "ab"))
 
 
 def equal(one: Update, other: Update) -> bool:

@@ -31,7 +31,7 @@ def first_round(*assignments):
     config = configured(*assignments, base=STILL)
     data = dataset(config)
     setting, items = Setting(config, data), parts(config)[0].take(data.train)
-    client = Client(setting, items, Owner(0, "ab"))
+    client = Client(setting, lambda: items, Owner(0, "ab"))
     initial = {name: setting.initial[name] for name in setting.shared}
     return client, items, setting.initial, client.take_part(Task(1, 0, 0, initial, scaler=Scaler({}, {})))
 
