@@ -35,7 +35,8 @@ def train(message: Message, context: Context) -> Message:
     task, place = wire.unpack_task(message.content), _place(message, context)
     with _in_time(context, place), residents.at_work(context, place, task.base) as client:
         update = client.take_part(task)
-    return Message(wire.pack_update(update), reply_to=message)
+    # one of our own engines: between its processes arrays are copied once anyway
+    return Message(wire.pack_update(update, give=place.alive), reply_to=message)
 
 
 @app.query("checkpoint")

@@ -117,7 +117,7 @@ def _registration_faults(r: Registration) -> Iterator[str]:
         vectors = spec.class_vectors
         if vectors.ndim != 2 or len(vectors) != spec.num_classes or not vectors.is_floating_point():
             yield f"class vectors: expected [{spec.num_classes}, k] floats, got {_kind(vectors)}"
-        elif not _finite(vectors):
+        elif not state.finite(vectors):
             yield "class vectors: not finite"
     if spec.seen is not None and (spec.seen.shape != (spec.num_classes,) or spec.seen.dtype != torch.bool):
         yield f"seen classes: expected [{spec.num_classes}] torch.bool, got {_kind(spec.seen)}"
@@ -130,7 +130,7 @@ def _moment_faults(modality: str, moments: Moments, width: int) -> Iterator[str]
             return
     if not bool((moments.centred >= 0).all()):
         yield f"centred squares of {modality}: expected >= 0"
-    elif not all(_finite(values) for values in Scaler.of({modality: moments}).to_state().values()):
+    elif not all(state.finite(values) for values in Scaler.of({modality: moments}).to_state().values()):
         yield f"mean and centred squares of {modality}: give no finite float32 scaling"
 
 
@@ -205,12 +205,8 @@ def _array_faults(shared: State, expected: State) -> Iterator[str]:
         got = shared[name]
         if got.shape != like.shape or got.dtype != like.dtype:
             yield f"{name}: expected {_kind(like)}, got {_kind(got)}"
-        elif not _finite(got):
+        elif not state.finite(got):
             yield f"{name}: not finite"
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
 
 
 def _kind(tensor: Tensor) -> str:

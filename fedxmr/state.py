@@ -41,6 +41,11 @@ def size(state: Mapping[str, Tensor]) -> int:
     return sum(tensor.nbytes for tensor in state.values())
 
 
+def finite(tensor: Tensor) -> bool:
+    """Whether no number in it is infinite or NaN; in one pass, for this is asked of every update."""
+    return not tensor.numel() or all(bool(torch.isfinite(extreme)) for extreme in torch.aminmax(tensor))
+
+
 def save(path: Path, state: State, about: Mapping[str, Any]) -> None:
     """Write a state and JSON facts `about` it, atomically and durably: a reader sees the old file or the new one.
 

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from fedxmr.errors import FederationError, InputError, unknown
+from fedxmr.state import finite
 from fedxmr.types import Learner, State
 
 Share = Literal["common", "trainable", "statistics", "nothing"]
@@ -180,21 +181,49 @@ def combine(
     """
     combined: State = {}
     for name, old in previous.items():
-        owners = [(c, w) for c, w in zip(contributions, weights.double(), strict=True) if name in c.shared]
-        # float64: the size of the federation must not show in the rounding of the sum
-        total = torch.zeros(old.shape, dtype=torch.float64)
-        mass = torch.zeros(len(old) if name in by_class else (), dtype=torch.float64)
-        for contribution, weight in owners:
-            share = weight * (contribution.class_counts > 0) if name in by_class else weight
-            total += _by_row(share, old) * contribution.shared[name].double()
-            mass += share
-        owned = mass > 0
-        mean = total / _by_row(torch.where(owned, mass, 1.0), old)
-        moved = mean if step == 1 else old + step * (mean - old)
-        combined[name] = torch.where(_by_row(owned, old), moved, old.double()).to(old.dtype)
-        if not bool(torch.isfinite(combined[name]).all()):
+        owners = [(c, w) for c, w in zip(contributions, weights.tolist(), strict=True) if name in c.shared]
+        mean = _mean_by_class if name in by_class else _mean
+        combined[name] = mean(name, old, owners, step)
+        if not finite(combined[name]):
             raise FederationError(f"{name}: not finite when combined")
     return combined
+
+
+_CACHED = 1 << 16
+"""Numbers combined at a time: half a megabyte in float64, which stays in a core's cache while clients are added up."""
+
+
+def _mean(name: str, old: Tensor, owners: Sequence[tuple[Contribution, float]], step: float) -> Tensor:
+    """The step of `combine` for one name, whole."""
+    mass = sum(weight for _, weight in owners)
+    if not mass:
+        return old
+    new = torch.empty_like(old)
+    before, after = old.reshape(-1), new.view(-1)
+    theirs = [(c.shared[name].reshape(-1), weight) for c, weight in owners]
+    for start in range(0, len(after), _CACHED):
+        part = slice(start, start + _CACHED)
+        # float64: the size of the federation must not show in the rounding of the sum
+        mean = torch.zeros(len(after[part]), dtype=torch.float64)
+        for own, weight in theirs:
+            mean.add_(own[part], alpha=weight)
+        mean.div_(mass)
+        after[part] = mean if step == 1 else before[part] + step * (mean - before[part])
+    return new
+
+
+def _mean_by_class(name: str, old: Tensor, owners: Sequence[tuple[Contribution, float]], step: float) -> Tensor:
+    """The step of `combine` for one name, row by row."""
+    total = torch.zeros(old.shape, dtype=torch.float64)
+    mass = torch.zeros(len(old), dtype=torch.float64)
+    for contribution, weight in owners:
+        share = weight * (contribution.class_counts > 0).double()
+        total += _by_row(share, old) * contribution.shared[name].double()
+        mass += share
+    owned = mass > 0
+    mean = total / _by_row(torch.where(owned, mass, 1.0), old)
+    moved = mean if step == 1 else old + step * (mean - old)
+    return torch.where(_by_row(owned, old), moved, old.double()).to(old.dtype)
 
 
 def merge(

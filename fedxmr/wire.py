@@ -1,7 +1,8 @@
 """The one codec between what fedxmr says (messages.py) and Flower's records.
 
-Arrays travel as their raw little-endian bytes: no pickle, no .npy header, one copy each way. All else is JSON of
-exactly the keys and types written down here: 10.0, "10" and true are not 10, and what is not expected is refused.
+Arrays travel as their raw little-endian bytes: no pickle, no .npy header, one copy each way, or none within a process
+that gives them away. All else is JSON of exactly the keys and types written down here: 10.0, "10" and true are not 10,
+and what is not expected is refused.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -192,8 +193,8 @@ def unpack_task(content: RecordDict) -> Task:
     return Task(**dict(facts), shared=unpack_arrays(records["shared"]), scaler=scaler)
 
 
-def pack_update(update: Update) -> RecordDict:
-    """A client's answer to a task."""
+def pack_update(update: Update, *, give: bool = False) -> RecordDict:
+    """A client's answer to a task. give: as in `pack_arrays`."""
     facts = {
         "round": update.round,
         "client": update.client,
@@ -204,7 +205,7 @@ def pack_update(update: Update) -> RecordDict:
         "test": update.test,
         "seconds": dict(update.seconds),
     }
-    return _pack(facts, update.shared)
+    return _pack(facts, update.shared, give=give)
 
 
 def unpack_update(content: RecordDict) -> Update:
@@ -244,15 +245,22 @@ def unpack_checkpoint(content: RecordDict) -> Checkpoint:
     return Checkpoint(**_unpack_facts(content, "a checkpoint", _Checkpoint, _EXPERIMENT))
 
 
-def pack_arrays(state: State) -> ArrayRecord:
-    """Named tensors as one record of raw bytes."""
+def pack_arrays(state: State, *, give: bool = False) -> ArrayRecord:
+    """Named tensors as one record of raw bytes.
+
+    give: their own memory, on the CPU, not a copy of it; whoever unpacks the record has it, and nobody else may use it.
+    Flower's own runtimes carry copies alone.
+    """
     record = ArrayRecord()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in _DTYPES:
             raise WireError(f"{name}: {tensor.dtype} does not travel")
-        record[name] = Array(dtype, tuple(tensor.shape), _RAW, tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        data = tensor.reshape(-1).view(torch.uint8).numpy()
+        record[name] = array = Array(dtype, tuple(tensor.shape), _RAW, b"" if give else data.tobytes())
+        if give:
+            array.data = cast("bytes", data.data)  # `Array` itself takes nothing but bytes
     return record
 
 
@@ -269,22 +277,24 @@ def _tensor(name: str, array: Array) -> Tensor:
     size = math.prod(shape) * dtype.itemsize
     if len(array.data) != size:
         raise WireError(f"{name}: expected {size} bytes for {list(shape)}, got {len(array.data)}")
+    data = np.frombuffer(array.data, np.uint8)
+    if dtype == torch.bool and bool((data > 1).any()):
+        raise WireError(f"{name}: expected bytes of 0 and 1 for bool, got {data.max()}")
+    if data.flags.writeable:  # given
+        return torch.from_numpy(data).view(dtype).reshape(shape)
     # torch's own memory: alignment can change the bits of what is computed from a tensor
     try:
         tensor = torch.empty(shape, dtype=dtype)
     except (RuntimeError, TypeError, OverflowError) as error:  # nothing at all, of absurd sizes
         raise WireError(f"{name}: no tensor has the shape {list(shape)}") from error
-    data = np.frombuffer(array.data, np.uint8)
-    if dtype == torch.bool and bool((data > 1).any()):
-        raise WireError(f"{name}: expected bytes of 0 and 1 for bool, got {data.max()}")
     tensor.reshape(-1).view(torch.uint8).numpy()[:] = data
     return tensor
 
 
-def _pack(facts: Mapping[str, Any], arrays: State) -> RecordDict:
+def _pack(facts: Mapping[str, Any], arrays: State, *, give: bool = False) -> RecordDict:
     content = RecordDict({"facts": ConfigRecord({"json": json.dumps(facts)})})
     if arrays:
-        content["arrays"] = pack_arrays(arrays)
+        content["arrays"] = pack_arrays(arrays, give=give)
     return content
 
 

@@ -119,6 +119,18 @@ def test_combining_is_equation_2(clients, seed):
     np.testing.assert_array_equal(got.numpy(), (expected / q.cumsum()[-1]).astype(np.float32))
 
 
+@pytest.mark.parametrize("step", [1.0, 1.5])
+def test_combining_many_numbers_is_equation_2(step):
+    rng = np.random.default_rng(3)
+    before, *ws = rng.normal(size=(4, 300, 700)).astype(np.float32)
+    q = np.array([0.2, 0.3, 0.5])
+    parts = [contribution(k, torch.tensor(w)) for k, w in enumerate(ws)]
+    got = combine({"w": torch.tensor(before)}, parts, torch.tensor(q), frozenset(), step)["w"]
+    mean = sum(q[k] * ws[k].astype(np.float64) for k in range(3))
+    # they may be multiplied and added at once
+    np.testing.assert_array_max_ulp(got.numpy(), (before + step * (mean - before)).astype(np.float32), maxulp=1)
+
+
 def test_a_name_counts_for_its_owners_alone():
     parts = [
         Contribution(0, 1, torch.tensor([1]), 1.0, {"w": torch.tensor([1.0]), "image": torch.tensor([1.0])}),

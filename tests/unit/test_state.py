@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 
 from fedxmr import state
 from fedxmr.errors import InputError
+from fedxmr.state import finite
 
 STATE = {"a.weight": torch.randn(3, 2), "b": torch.tensor(1.5, dtype=torch.float64), "n": torch.arange(4)}
 
@@ -86,3 +91,21 @@ def test_a_disk_that_is_full_is_an_error_of_the_disk(tmp_path, monkeypatch):
         state.save(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {})
     assert caught.value.filename == str(tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(width=32), max_size=40),
+    st.sampled_from([torch.float32, torch.float64, torch.float16, torch.bfloat16]),
+)
+def test_finite_is_what_isfinite_says_of_all(numbers, dtype):
+    tensor = torch.tensor(numbers, dtype=dtype)
+    assert finite(tensor) == bool(torch.isfinite(tensor).all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("at", [0, 1, 40_000, 99_999])
+def test_finite_finds_one_bad_number_among_many(bad, at):
+    tensor = torch.randn(100_000)
+    tensor[at] = bad
+    assert not finite(tensor)
