@@ -110,8 +110,3 @@ def verdict(difference: Difference, adjusted: float, queries: Interval | None) -
     if adjusted >= 1 - CONFIDENCE or unshown:
         return "no difference shown"
     return "better" if over_seeds.mean > 0 else "worse"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean and standard deviation, for a table."""
-    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")

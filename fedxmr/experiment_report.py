@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from fedxmr import zero_shot_report
-from fedxmr.comparison import CONFIDENCE, Array, Interval, holm, paired_bootstrap, paired_difference, spread, verdict
+from fedxmr.comparison import CONFIDENCE, Array, Interval, holm, paired_bootstrap, paired_difference, verdict
 from fedxmr.conduct import Results, Run
 from fedxmr.experiment import Plan, Row
-from fedxmr.tables import Table
+from fedxmr.tables import Table, spread
 
 MAX_DIRECTIONS = 2
 """With more than two modalities a table shows the average alone; results.json has every direction."""

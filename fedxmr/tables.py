@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 
 from tabulate import LATEX_ESCAPE_RULES, tabulate
 
@@ -26,3 +27,8 @@ class Table:
         body = tabulate(self.rows, self.head, "latex_booktabs", disable_numparse=True)
         caption = "".join(LATEX_ESCAPE_RULES.get(character, character) for character in self.caption)
         return f"\\begin{{table}}\n\\caption{{{caption}}}\n{body}\n\\end{{table}}\n"
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and standard deviation, for a table."""
+    return f"{fmean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")

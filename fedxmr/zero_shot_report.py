@@ -17,7 +17,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedxmr import floors, sources
-from fedxmr.comparison import spread
 from fedxmr.config import Config
 from fedxmr.data import Dataset
 from fedxmr.evaluation import mean_scores
@@ -25,6 +24,7 @@ from fedxmr.models import load
 from fedxmr.scaling import Scaler, moments, scale
 from fedxmr.setting import own_device
 from fedxmr.summary import View, fitting, row
+from fedxmr.tables import spread
 from fedxmr.zero_shot import MIN_SPLITS, Protocol, evaluate_task
 
 WHICH: tuple[Literal["selected", "last"], ...] = ("selected", "last")

@@ -57,7 +57,7 @@ def train(message: Message, context: Context) -> Message:
         for batch in torch.split(items[torch.randperm(len(items), generator=rng)], job.batch_size):
             loss = model.loss(image[batch], text[batch], classes[batch], job.lambda_, job.eta)
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
     context.state["moments"] = ArrayRecord(
         {f"{name}/{key}": optimizer.state[p][key] for name, p in model.named_parameters() for key in MOMENTS}

@@ -15,11 +15,11 @@ from sklearn.metrics import average_precision_score
 import fedxmr
 from fedxmr import commands, sources
 from fedxmr.centralized import centralized
-from fedxmr.comparison import spread
 from fedxmr.data import load_dataset
 from fedxmr.reproduce import reproduce
 from fedxmr.seeding import generator
 from fedxmr.simulate import simulate
+from fedxmr.tables import spread
 from fedxmr.types import Items
 from fedxmr.zero_shot import class_split, subsets, task_items
 from tests.federations import SMALL, configured, federate, same_bytes

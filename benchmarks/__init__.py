@@ -1,0 +1,1 @@
+"""How fast fedxmr is, as ratios to programs that do the same with less, or otherwise. `make bench` runs them."""
