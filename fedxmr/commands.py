@@ -31,11 +31,12 @@ SIGTERM and SIGHUP end a run as Ctrl-C does, with 143 and 129. The last line say
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 """Nothing is sent anywhere that the user did not ask for."""
 
-SWIFT = {"GOMP_SPINCOUNT": "0", "THP_MEM_ALLOC_ENABLE": "1"}
+SWIFT = {"GOMP_SPINCOUNT": "5000", "THP_MEM_ALLOC_ENABLE": "1"}
 """Read by torch as it is loaded, and left to a user who has set them.
 
-Threads that wait for each other sleep: where they spin, any other process on the machine makes a step take ten times as
-long. And large tensors are of large pages: the fresh gradients of a step are a hundred thousand small ones.
+Threads that wait for each other soon sleep: where they spin as long as is usual, another busy process on the machine
+makes a step take ten times as long; where they do not spin at all, a quiet machine is a tenth slower. And large tensors
+are of large pages: the fresh gradients of a step are ten thousand small ones.
 """
 
 

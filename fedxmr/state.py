@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -56,8 +57,10 @@ def save(path: Path, state: State, about: Mapping[str, Any]) -> None:
     try:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         save_file(tensors, temporary, {"about": json.dumps(dict(about)), "sha256": _BLANK})
-        with temporary.open("r+b") as file:
+        with temporary.open("r+b") as file, ThreadPoolExecutor(1) as beside:
+            written = beside.submit(os.fsync, file.fileno())  # the disk works while this process reckons
             at, digest = _digest(file)
+            written.result()
             file.seek(at.start())
             file.write(digest.encode())
             file.flush()
