@@ -55,6 +55,13 @@ class EngineName(StrEnum):
     ray = "ray"
 
 
+class PrecisionName(StrEnum):
+    """How products are computed in training."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
 class EvaluateOn(StrEnum):
     """Which items the reported scores are of."""
 
@@ -99,6 +106,7 @@ Protocol = Annotated[ProtocolName | None, option("paper also reports the best ro
 EvaluateEvery = Annotated[int | None, option("rounds between evaluations; 0: never")]
 EvaluateOnPart = Annotated[EvaluateOn | None, option("all-test is the published test part, validation rows included")]
 Engine = Annotated[EngineName | None, option("what carries messages between server and clients")]
+Precision = Annotated[PrecisionName | None, option("bfloat16: quicker where the hardware has it, a little less exact")]
 Threads = Annotated[int | None, option("torch threads of a process; default: its cores; 1 for bit-equal runs")]
 Device = Annotated[str | None, option("cpu, cuda, cuda:1, ...; default: cuda where there is one")]
 Workers = Annotated[int | None, option("ray: worker processes; default: what divides cores and clients per round")]

@@ -163,6 +163,9 @@ class FederationConfig(_Section):
     clients: PositiveInt = Field(3, description="N")
     rounds: PositiveInt = Field(40, description="T; of a learner that needs but one, such as cca, 1")
     epochs: PositiveInt = Field(2, description="E, local epochs of each stage")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of products in training, by torch's autocast; weights, moments and scores are float32"
+    )
     sample: PositiveInt | None = Field(None, description="K clients per round, drawn from (seed, round); null: all")
     standardise: Literal["federated", "client", "none"] = Field(
         "federated", description="whose means and deviations scale the features; none: nobody's, norm alone is applied"

@@ -25,7 +25,7 @@ from fedxmr.snapshot import Owner, Snapshot
 from fedxmr.state import sha256, size
 from fedxmr.strategies import merge
 from fedxmr.timing import clock
-from fedxmr.types import Items, Learner, Proximal, State
+from fedxmr.types import Fit, Items, Learner, Proximal, State
 
 INITIAL = 0
 """The round of the seeded initial state."""
@@ -196,9 +196,8 @@ class Client:
         self.learner.load(merge(strategy, task.shared, self._before, after, self.learner.by_class, self._class_counts))
         _, held_back = self._division(task.base)
         if len(held_back):
-            with clock.part("fit"):
-                rng = generator(self._config.seed, "enhancement", task.base, self.client)
-                self.learner.fit(self._scaled().select(held_back), self._config.federation.epochs, rng)
+            rng = generator(self._config.seed, "enhancement", task.base, self.client)
+            self._fit(self._scaled().select(held_back), self._config.federation.epochs, rng)
         self._before = None
 
     def _train(self, task: Task) -> tuple[float | None, State]:
@@ -206,20 +205,25 @@ class Client:
         strategy = self._config.strategy
         own = self._owned()
         proximal = Proximal(strategy.mu, {name: task.shared[name] for name in own}) if strategy.mu and own else None
-        with clock.part("fit"):
-            # before W_0: where prototypes start is no change of the client's, and takes all its items, held back or not
-            start = generator(self._config.seed, "start", task.round, self.client)
-            self.learner.fit(self._scaled(), 0, start, proximal)
+        # before W_0: where prototypes start is no change of the client's, and takes all its items, held back or not
+        self._fit(self._scaled(), 0, generator(self._config.seed, "start", task.round, self.client), proximal)
         self._before = self.learner.state(own) if strategy.merge == "smooth" else {}  # nothing else asks for W_0
         joint, _ = self._division(task.round)
         items = self._scaled() if len(joint) == self._n else self._scaled().select(joint)
-        with clock.part("fit"):
-            rng = generator(self._config.seed, "joint", task.round, self.client)
-            with items.lent("the learner's fit"):
-                fit = self.learner.fit(items, self._config.federation.epochs, rng, proximal)
+        rng = generator(self._config.seed, "joint", task.round, self.client)
+        with items.lent("the learner's fit"):
+            fit = self._fit(items, self._config.federation.epochs, rng, proximal)
         if not fit.trained:
             return None, {}
         return (fit.loss_sum if strategy.loss == "sum" else fit.loss), self.learner.state(own)
+
+    def _fit(self, items: Items, epochs: int, rng: torch.Generator, proximal: Proximal | None = None) -> Fit:
+        """A stage of training, in the precision that is asked for."""
+        half = self._config.federation.precision == "bfloat16"
+        # no cache: what torch keeps of a weight would be that of the first step
+        precision = torch.autocast(self._setting.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
+        with clock.part("fit"), precision:
+            return self.learner.fit(items, epochs, rng, proximal)
 
     def _division(self, round: int) -> tuple[Tensor, Tensor]:
         """The items of a round's joint stage and those held back for its enhancement."""

@@ -136,7 +136,8 @@ class Network:
             if moments is None:  # not before there is a step: a stage of no epochs is to cost nothing
                 moments = self._fresh_moments()
             self._drop_gradients()
-            loss.backward()  # type: ignore[no-untyped-call]
+            with torch.autocast(loss.device.type, enabled=False):  # the way back is as the way there was
+                loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 if proximal:
                     self._pull(proximal.mu, anchor)

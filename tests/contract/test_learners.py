@@ -267,6 +267,23 @@ class LearnerContract:
         assert learner.fit(problem(), 20, generator(0, "fit")).trained
         assert margin() > before
 
+    def test_in_bfloat16_it_goes_where_it_goes_in_float32(self, make):
+        """Also after many steps: torch would keep the weights of the first one."""
+        ends = []
+        for half in (False, True):
+            learner = make()
+            start = learner.state()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half, cache_enabled=False):
+                fit = learner.fit(problem(), 20, generator(0, "fit"))
+            assert fit.trained
+            assert math.isfinite(fit.loss)
+            end = learner.state()
+            assert all(end[name].dtype == start[name].dtype for name in end)
+            names = sorted(learner.trainable | learner.statistics)
+            ends.append(torch.cat([(end[name] - start[name]).flatten().double() for name in names]))
+        exact, half_exact = ends
+        assert torch.cosine_similarity(exact, half_exact, dim=0) > 0.9
+
     @pytest.mark.parametrize("share", ["trainable", "common"])
     def test_a_large_mu_keeps_what_is_shared_at_the_anchor(self, make, share):
         moved = {}
