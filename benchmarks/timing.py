@@ -47,7 +47,8 @@ class Command:
         timer = _ending(process)
         try:
             assert process.stdout is not None
-            said = process.stdout.read()
+            with process.stdout as stream:
+                said = stream.read()
             _, status, used = os.wait4(process.pid, 0)
             seconds = time.perf_counter() - started
             process.returncode = os.waitstatus_to_exitcode(status)

@@ -87,10 +87,9 @@ def dscmr_loss(
 
     label = _sum([_mean_norm(error, norm) for error in torch.split(predicted - target, sizes)], common)
 
-    modality = torch.arange(len(sizes), device=common.device).repeat_interleave(
-        torch.tensor(sizes, device=common.device), output_size=len(common)
-    )
-    weight = common.new_tensor([1 / n if n else 0 for n in sizes])[modality]
+    # filled where they are to be: a tensor made of numbers would have the host wait for a GPU at each step
+    modality = torch.cat([torch.full((n,), i, device=common.device) for i, n in enumerate(sizes)])
+    weight = torch.cat([common.new_full((n,), 1 / max(n, 1)) for n in sizes])
     similarity = pairwise_loss(common, target, modality, weight, blocks=blocks, similar=similar)
 
     parts = list(zip(torch.split(common, sizes), rows, strict=True))
