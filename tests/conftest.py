@@ -12,7 +12,7 @@ from fedxmr.commands import SWIFT
 
 os.environ.update(SWIFT)  # before torch is imported, as a command does
 
-import torch  # noqa: E402
+import torch
 
 NEEDED = {
     "iaprtc12": ("iaprtc12/TS_vis_vgg128.csv", "iaprtc12/TS_lang_biGRU.csv"),
