@@ -5,7 +5,7 @@ LOCK = constraints.txt
 VENV = .venv/bin/python
 READY = .venv/.ready
 
-.PHONY: help run test test-long check figures lock lock-check clean
+.PHONY: help run test test-long check figures bench lock lock-check clean
 
 help:  ## list the targets
 	@echo 'Targets (PYTHON=python3.12 chooses the interpreter that sets up .venv):'
@@ -40,6 +40,9 @@ $(READY): pyproject.toml $(LOCK)
 	test -e $@ || $(PYTHON) -m venv --clear .venv
 	PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK) $(VENV) -m pip install --disable-pip-version-check -e '.[dev]'
 	@touch $@
+
+bench: $(READY)  ## time fedxmr against a bare loop and others, over an hour on a quiet machine; ARGS='metric start' chooses
+	$(VENV) -m benchmarks $(ARGS)
 
 lock: TORCH = $(shell sed -n 's/^torch==//p' $(LOCK))
 lock:  ## renew constraints.txt: the newest versions that go together, with its torch (needs Python 3.11)

@@ -30,7 +30,7 @@ def bench(
         list[str] | None, typer.Argument(metavar="[BENCHMARK]...", help=f"of {', '.join(BENCHMARKS)}; all but pfl")
     ] = None,
     turns: Annotated[int, option("how often each command runs, in turn with what it is compared with", "--turns")] = 5,
-    rounds: Annotated[int, option("rounds of the jobs of the paper's size")] = 40,
+    rounds: Annotated[int, option("rounds of the longest job; others have fewer")] = 40,
     out: Annotated[Path, option("the folder for a JSON file per benchmark")] = Path("build/benchmarks"),
     into: Annotated[Path | None, option("a Markdown page whose sections are written anew")] = None,
 ) -> None:
