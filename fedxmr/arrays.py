@@ -24,7 +24,7 @@ HEADER = 1 << 14
 
 
 def read_npy(path: Path) -> Array:
-    """The array of a .npy file, mapped rather than read.
+    """The array of a .npy file, mapped rather than read; what is written to it stays in this process.
 
     Raises ValueError, or whatever numpy trips on, where it is damaged, declares more than is there, or holds Python
     objects: to a caller any exception says that it is no such file.
@@ -33,7 +33,7 @@ def read_npy(path: Path) -> Array:
         shape, order, dtype, offset = _layout(opened.read(HEADER), path.stat().st_size)
     if 0 in shape:
         return np.empty(shape, dtype)
-    return np.memmap(path, dtype, "r", offset, shape, order)
+    return np.memmap(path, dtype, "c", offset, shape, order)
 
 
 def read_npz(path: Path, limit: int) -> dict[str, Array]:

@@ -26,7 +26,8 @@ One is made like this, and used with `--dataset my-data/`:
     np.save("my-data/labels.npy", classes)
     np.savez("my-data/split.npz", train=np.arange(200), validation=np.arange(200, 240), test=np.arange(240, 300))
 
-Features are given raw: the run scales them.
+Features are given raw: the run scales them. Files of float32 are mapped, not read, so leave them alone while a run goes
+on; where each part's items are consecutive too, nothing but what is worked on is ever in memory.
 
 Validation and test items must be of all modalities. Training items may lack one altogether, for a client of a
 deployment may have no texts to learn from; `simulate` refuses such a folder, as nobody else is there who has.
@@ -56,6 +57,8 @@ from fedxmr.types import DataSpec, Items
 PARTS = ("train", "validation", "test")
 LARGEST = 1e18
 """Of a feature, so that float32 can hold its square."""
+CHECKED = 4096
+"""Rows looked at together: no copy of all is made to see that all are numbers."""
 
 
 class Options(BaseModel):
@@ -75,7 +78,7 @@ def load(options: Options, data_dir: Path | None = None) -> Dataset:  # noqa: AR
     labels = _labels(folder / "labels.npy", names)
     items = _items(folder, labels)
     split = _split(folder / "split.npz", len(items))
-    parts = {part: items.select(index) for part, index in split.items()}
+    parts = {part: _taken(items, index) for part, index in split.items()}
     for part in ("validation", "test"):  # for training a client may have no such items
         for modality in sorted(set(items.features) - set(parts[part].modalities)):
             raise InputError(f"{folder / 'split.npz'}: expected {part} items that have {modality}, got none")
@@ -168,19 +171,30 @@ def _modality_files(folder: Path, suffix: str = ".npy") -> Mapping[str, Path]:
 
 
 def _features(path: Path) -> Tensor:
-    """[n_m, d_m] float32 in torch's own memory."""
+    """[n_m, d_m] float32: mapped, where that is what the file holds, so that processes share it, else a copy."""
     stored = _array(path)
     if stored.ndim != 2 or stored.dtype.kind not in "fiu" or 0 in stored.shape:
         raise InputError(f"{path}: expected [n, d] numbers, got {_describe(stored)}")
-    features = torch.empty(stored.shape)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
-        features.numpy()[...] = stored
-    usable = (features.abs() < LARGEST).all(dim=1)  # NaN is not
-    if not usable.all():
-        row = int((~usable).nonzero()[0])
-        got = f"NaN or infinite ones, or such above {LARGEST:g}, first in row {row}"
-        raise InputError(f"{path}: expected finite float32 numbers, got {got}")
+    if stored.dtype == np.float32 and stored.flags.c_contiguous and stored.dtype.isnative:
+        features = torch.from_numpy(stored)
+    else:
+        features = torch.empty(stored.shape)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            features.numpy()[...] = stored
+    for start in range(0, len(features), CHECKED):
+        usable = (features[start : start + CHECKED].abs() < LARGEST).all(dim=1)  # NaN is not
+        if not usable.all():
+            row = start + int((~usable).nonzero()[0])
+            got = f"NaN or infinite ones, or such above {LARGEST:g}, first in row {row}"
+            raise InputError(f"{path}: expected finite float32 numbers, got {got}")
     return features
+
+
+def _taken(items: Items, index: Tensor) -> Items:
+    """The items of a part: views of all, where they are consecutive."""
+    start, count = (int(index[0]), len(index)) if len(index) else (0, 0)
+    consecutive = torch.equal(index, torch.arange(start, start + count))
+    return items.span(start, start + count) if consecutive else items.select(index)
 
 
 def _rows(path: Path | None, features: Path, count: int, items: int) -> Tensor:

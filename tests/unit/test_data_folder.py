@@ -22,6 +22,7 @@ from fedxmr.data import load_dataset
 from fedxmr.data.looks import thumbnail
 from fedxmr.errors import InputError
 from fedxmr.sources import parts
+from fedxmr.types import Items
 
 N = 12
 CLASSES = np.arange(N) % 3
@@ -366,3 +367,32 @@ def test_an_image_of_any_kind_can_be_shown(folder: Path):
     for suffix, mode in ((".png", "RGBA"), (".jpg", "L"), (".jpeg", "CMYK"), (".gif", "P"), (".webp", "RGB")):
         Image.new(mode, (10, 10)).save(folder / f"x{suffix}")
         assert opened(thumbnail(folder / f"x{suffix}")).size == (10, 10)
+
+
+def test_float32_features_are_mapped_and_consecutive_parts_are_views_of_them(folder: Path):
+    rng = np.random.default_rng(0)
+    stored = {modality: rng.normal(size=(N, 4)).astype(np.float32) for modality in ("image", "text")}
+    for modality, x in stored.items():
+        np.save(folder / "features" / f"{modality}.npy", x)
+    data = load_dataset(str(folder))
+    for modality, x in stored.items():
+        found = [getattr(data, part).features[modality] for part in ("train", "validation", "test")]
+        assert len({part.untyped_storage().data_ptr() for part in found}) == 1
+        np.testing.assert_array_equal(torch.cat(found).numpy(), x)
+    data.train.features["image"][0, 0] += 1  # for this process alone
+    np.testing.assert_array_equal(np.load(folder / "features" / "image.npy"), stored["image"])
+
+
+@given(st.data())
+def test_a_span_is_what_selecting_gives(data: st.DataObject):
+    n = data.draw(st.integers(1, 12))
+    rows = {m: torch.tensor(sorted(data.draw(st.sets(st.integers(0, n - 1)))), dtype=torch.int64) for m in "ab"}
+    features = {m: torch.randn(len(r), 2) for m, r in rows.items()}
+    items = Items(features, rows, torch.eye(n, dtype=torch.bool))
+    start = data.draw(st.integers(0, n))
+    stop = data.draw(st.integers(start, n))
+    one, other = items.span(start, stop), items.select(torch.arange(start, stop))
+    assert torch.equal(one.labels, other.labels)
+    for m in "ab":
+        assert torch.equal(one.features[m], other.features[m])
+        assert torch.equal(one.rows[m], other.rows[m])
