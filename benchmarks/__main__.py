@@ -21,7 +21,7 @@ from fedxmr.commands import option, say
 from fedxmr.errors import InputError, unknown
 from fedxmr.machine import cores, memory
 from fedxmr.recording import write_json, write_text
-from fedxmr.reproduce import with_section
+from fedxmr.reproduce import read_page, with_section
 from fedxmr.tables import Table
 
 
@@ -40,7 +40,12 @@ def bench(
             raise unknown("benchmark", name, BENCHMARKS)
     if turns < 1 or rounds < 2:
         raise InputError(f"expected --turns of 1 or more and --rounds of 2 or more, got {turns} and {rounds}")
-    out.mkdir(parents=True, exist_ok=True)
+    if into is not None:
+        read_page(into)  # before anything takes time
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: expected a folder, got {error.strerror or error}") from error
     for name in names or [name for name in BENCHMARKS if name not in OPTIONAL]:
         say(f"{name}: {_first_line(name)}")
         with tempfile.TemporaryDirectory(prefix="fedxmr-bench-") as scratch:
@@ -56,8 +61,7 @@ def bench(
             for picture in pictures:
                 shutil.copy(picture, out / picture.name)
         if into is not None:
-            page = into.read_text(encoding="utf-8") if into.exists() else ""
-            write_text(into, with_section(page, name, _section(name, facts, measured)))
+            write_text(into, with_section(read_page(into), name, _section(name, facts, measured)))
 
 
 def _section(name: str, facts: dict[str, Any], measured: list[Measured]) -> str:

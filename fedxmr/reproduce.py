@@ -50,7 +50,7 @@ def reproduce(
         plan = plan.model_copy(update={"seeds": seeds})
     out = out or Path("runs") / folder_name(",".join([file.stem, *(assignments or [])]))
     if into is not None:
-        with_section(_page(into), out.name, "")  # better refused now than after all runs
+        with_section(read_page(into), out.name, "")  # better refused now than after all runs
     try:
         results = conduct(plan, base, out, workers or cores())
     except BaseException as error:
@@ -69,13 +69,13 @@ def reproduce(
     (out / "results.csv").write_text(as_csv(plan, results), encoding="utf-8")
     write_json(out / "results.json", as_json(plan, results, compared))
     if into is not None:
-        write_text(into, with_section(_page(into), out.name, text))
+        write_text(into, with_section(read_page(into), out.name, text))
     for path in draw(plan, results, figures or out / "figures"):
         say(f"drawn: {path}")
     say(text)
 
 
-def _page(path: Path) -> str:
+def read_page(path: Path) -> str:
     """A page's text; none where there is no such file yet. Raises InputError for what is no page."""
     if not path.parent.is_dir():
         raise InputError(f"--into {path}: expected a folder {path.parent}, got nothing there")
