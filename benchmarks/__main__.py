@@ -40,8 +40,14 @@ def bench(
             raise unknown("benchmark", name, BENCHMARKS)
     if turns < 1 or rounds < 2:
         raise InputError(f"expected --turns of 1 or more and --rounds of 2 or more, got {turns} and {rounds}")
+    names = names or [name for name in BENCHMARKS if name not in OPTIONAL]
+    if into is not None:  # before hours are spent
+        if into.is_dir() or not into.parent.is_dir():
+            raise InputError(f"expected --into to be a file in a folder that exists, got {into}")
+        for name in names:
+            with_section(_page(into), name, "")
     out.mkdir(parents=True, exist_ok=True)
-    for name in names or [name for name in BENCHMARKS if name not in OPTIONAL]:
+    for name in names:
         say(f"{name}: {_first_line(name)}")
         with tempfile.TemporaryDirectory(prefix="fedxmr-bench-") as scratch:
             plan = Plan(turns, rounds, Path(scratch))
@@ -56,8 +62,11 @@ def bench(
             for picture in pictures:
                 shutil.copy(picture, out / picture.name)
         if into is not None:
-            page = into.read_text(encoding="utf-8") if into.exists() else ""
-            write_text(into, with_section(page, name, _section(name, facts, measured)))
+            write_text(into, with_section(_page(into), name, _section(name, facts, measured)))
+
+
+def _page(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def _section(name: str, facts: dict[str, Any], measured: list[Measured]) -> str:
