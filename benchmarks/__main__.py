@@ -40,13 +40,15 @@ def bench(
             raise unknown("benchmark", name, BENCHMARKS)
     if turns < 1 or rounds < 2:
         raise InputError(f"expected --turns of 1 or more and --rounds of 2 or more, got {turns} and {rounds}")
+    names = names or [name for name in BENCHMARKS if name not in OPTIONAL]
     if into is not None:
-        read_page(into)  # before anything takes time
+        for name in names:
+            with_section(read_page(into), name, "")  # better refused now than after an hour
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"--out {out}: expected a folder, got {error.strerror or error}") from error
-    for name in names or [name for name in BENCHMARKS if name not in OPTIONAL]:
+    for name in names:
         say(f"{name}: {_first_line(name)}")
         with tempfile.TemporaryDirectory(prefix="fedxmr-bench-") as scratch:
             plan = Plan(turns, rounds, Path(scratch))

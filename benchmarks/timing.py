@@ -19,6 +19,8 @@ from fedxmr.errors import FederationError
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 3600.0
 """Seconds a command has."""
+GRACE = 15.0
+"""Seconds it has to end where it is interrupted."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,25 @@ class Command:
             seconds = time.perf_counter() - started
             process.returncode = os.waitstatus_to_exitcode(status)
         except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            _end(process)
             raise
         finally:
             timer.cancel()
         if process.returncode:
             raise FederationError(f"exit code {process.returncode} of {' '.join(line)}:\n{said[-3000:]}")
         return Ran(seconds, used.ru_maxrss * 1024, said)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a command that is of no use any more, and all it has started: first it may remove its own files."""
+    try:
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _ending(process: subprocess.Popen[str]) -> Timer:

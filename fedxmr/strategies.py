@@ -198,7 +198,7 @@ def _mean(name: str, old: Tensor, owners: Sequence[tuple[Contribution, float]], 
     mass = sum(weight for _, weight in owners)
     if not mass:
         return old
-    new = torch.empty_like(old)
+    new = torch.empty_like(old, memory_format=torch.contiguous_format)  # whatever the learner's memory looks like
     before, after = old.reshape(-1), new.view(-1)
     theirs = [(c.shared[name].reshape(-1), weight) for c, weight in owners]
     for start in range(0, len(after), _CACHED):

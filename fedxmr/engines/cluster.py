@@ -44,7 +44,6 @@ PATIENCE = 30.0
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # as Ray does now: a worker without GPUs sees none
-    **SWIFT,
 }
 PRIVATE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}  # so soon Ray's processes end where this one is killed
 
@@ -67,7 +66,7 @@ def opened(runtime: RuntimeConfig) -> Iterator[Check]:
             yield check
         return
     try:
-        _init(address=runtime.ray_address, runtime_env={"env_vars": ENVIRONMENT})
+        _init(address=runtime.ray_address, runtime_env={"env_vars": _variables()})
         yield partial(_check_cluster, runtime.ray_address)
     finally:
         ray.shutdown()
@@ -90,7 +89,7 @@ def _private(runtime: RuntimeConfig) -> Iterator[Check]:
     folder = Path(tempfile.mkdtemp(prefix="fedxmr-", dir=usual if len(usual) <= TEMPORARY else "/tmp"))
     gpus = gpus_here(runtime)
     try:
-        with _environment({**ENVIRONMENT, **PRIVATE}), _without_dashboard():
+        with _environment({**_variables(), **PRIVATE}), _without_dashboard():
             _init(address="local", num_cpus=cores(), num_gpus=gpus, include_dashboard=False, _temp_dir=str(folder))
         folder.chmod(0o700)  # Ray opens it to everybody
         yield partial(_check_processes, [p for p in psutil.Process().children() if p.name() in VITAL])
@@ -151,6 +150,11 @@ def _init(address: str, **options: Any) -> None:
         if in_main:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _variables() -> dict[str, str]:
+    """What is set for workers; of what is for torch, what a user has set here stays as it is."""
+    return {**ENVIRONMENT, **{name: os.environ.get(name, value) for name, value in SWIFT.items()}}
 
 
 @contextmanager

@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import jobs
@@ -86,6 +91,35 @@ def test_a_command_that_fails_says_why():
         Command(["-c", "print('no such thing'); raise SystemExit(3)"]).run()
 
 
+INTERRUPTED = """
+import signal, subprocess, sys, time
+from pathlib import Path
+here = Path(sys.argv[1])
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+below = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+(here / "writing").write_text(str(below.pid))
+(here / "writing").rename(here / "below")
+try:
+    time.sleep(60)
+finally:
+    (here / "tidied").touch()
+"""
+
+
+def test_an_interrupted_command_tidies_up_and_leaves_no_process(tmp_path):
+    def interrupt():
+        while not (tmp_path / "below").exists():
+            time.sleep(0.01)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        Command(["-c", INTERRUPTED, tmp_path]).run()
+    assert (tmp_path / "tidied").exists()
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(int((tmp_path / "below").read_text())).wait(10)  # it is killed, which takes a moment
+
+
 @pytest.mark.long
 def test_the_benchmarks_are_a_command(tmp_path):
     command = [sys.executable, "-m", "benchmarks", "metric", "--turns", "1", "--out", tmp_path / "out"]
@@ -98,11 +132,24 @@ def test_the_benchmarks_are_a_command(tmp_path):
     assert re.search(r"<!-- begin: metric -->\n`python -m benchmarks metric .*\| mAP of 5000", page.read_text(), re.S)
 
 
-def test_an_unknown_benchmark_gets_one_line():
-    command = [sys.executable, "-m", "benchmarks", "metrics"]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
-    assert (ran.returncode, ran.stderr.count("\n")) == (2, 1)
-    assert "metric" in ran.stderr
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["metrics"], "metric"),
+        (["metric", "--into", "nowhere/page.md"], "expected --into to be a file in a folder that exists"),
+        (["metric", "--into", "cut.md"], "expected '<!-- end: metric -->'"),
+    ],
+)
+def test_what_cannot_be_done_gets_one_line_before_anything_is_measured(arguments, says, tmp_path):
+    (tmp_path / "cut.md").write_text("<!-- begin: metric -->\n")
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ran = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=60, check=False
+    )
+    assert (ran.returncode, ran.stderr.count("\n"), ran.stdout) == (2, 1, "")
+    assert says in ran.stderr
+    assert not (tmp_path / "build").exists()
 
 
 def test_every_benchmark_says_what_it_measures():

@@ -26,6 +26,9 @@ from flwr.serverapp.strategy import FedAvg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedxmr import commands, engines
+from fedxmr.commands import SWIFT
+from fedxmr.config import RuntimeConfig
+from fedxmr.engines import cluster
 from fedxmr.engines import ray as engine
 from fedxmr.errors import FederationError
 from fedxmr.recording import prepare
@@ -222,6 +225,21 @@ def test_what_cannot_be_had_is_told_in_one_line(tmp_path, capsys, arguments, say
     assert says in error
     assert error.count("\n") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_what_a_user_has_set_for_torch_is_left_to_workers(monkeypatch):
+    seen = []
+
+    def note(*_, **__):
+        seen.append({name: os.environ[name] for name in SWIFT})
+
+    monkeypatch.setattr(cluster, "_init", note)
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    with cluster.opened(RuntimeConfig()):
+        pass
+    assert seen == [{**SWIFT, "GOMP_SPINCOUNT": "7"}]
+    assert "THP_MEM_ALLOC_ENABLE" not in os.environ
 
 
 def test_the_choice_of_the_engine_is_told_with_its_reason(monkeypatch):

@@ -131,6 +131,12 @@ def test_combining_many_numbers_is_equation_2(step):
     np.testing.assert_array_max_ulp(got.numpy(), (before + step * (mean - before)).astype(np.float32), maxulp=1)
 
 
+def test_combining_does_not_ask_how_numbers_lie_in_memory():
+    before, own = torch.zeros(2, 3).T, torch.arange(6.0).reshape(2, 3).T
+    got = combine({"w": before}, [contribution(0, own)], torch.ones(1), frozenset())["w"]
+    assert got.equal(own)
+
+
 def test_a_name_counts_for_its_owners_alone():
     parts = [
         Contribution(0, 1, torch.tensor([1]), 1.0, {"w": torch.tensor([1.0]), "image": torch.tensor([1.0])}),
