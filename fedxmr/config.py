@@ -164,7 +164,7 @@ class FederationConfig(_Section):
     rounds: PositiveInt = Field(40, description="T; of a learner that needs but one, such as cca, 1")
     epochs: PositiveInt = Field(2, description="E, local epochs of each stage")
     precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of products in training, by torch's autocast; weights, moments and scores are float32"
+        "float32", description="what layers multiply in as they train; weights, moments, losses and scores are float32"
     )
     sample: PositiveInt | None = Field(None, description="K clients per round, drawn from (seed, round); null: all")
     standardise: Literal["federated", "client", "none"] = Field(

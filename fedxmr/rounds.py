@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fedxmr.evaluation import evaluate
+from fedxmr.learners.training import products_in
 from fedxmr.machine import versions
 from fedxmr.messages import Farewell, Registration, Report, Scores, Task, Update
 from fedxmr.models import Model
@@ -220,9 +221,7 @@ class Client:
     def _fit(self, items: Items, epochs: int, rng: torch.Generator, proximal: Proximal | None = None) -> Fit:
         """A stage of training, in the precision that is asked for."""
         half = self._config.federation.precision == "bfloat16"
-        # no cache: what torch keeps of a weight would be that of the first step
-        precision = torch.autocast(self._setting.device.type, torch.bfloat16, enabled=half, cache_enabled=False)
-        with clock.part("fit"), precision:
+        with clock.part("fit"), products_in(torch.bfloat16 if half else None):
             return self.learner.fit(items, epochs, rng, proximal)
 
     def _division(self, round: int) -> tuple[Tensor, Tensor]:

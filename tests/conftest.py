@@ -10,7 +10,7 @@ import pytest
 
 from fedxmr.commands import SWIFT
 
-os.environ.update(SWIFT)  # before torch is imported, as a command does
+os.environ.update({**SWIFT, **os.environ})  # before torch is imported, as a command does
 
 import torch
 

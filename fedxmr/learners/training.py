@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Annotated, Literal
 
 import torch
@@ -98,6 +99,22 @@ def restore(live: Mapping[str, Tensor], state: State) -> None:
             live[name].copy_(value)
 
 
+_products: ContextVar[torch.dtype | None] = ContextVar("products", default=None)
+
+
+@contextmanager
+def products_in(dtype: torch.dtype | None) -> Iterator[None]:
+    """Within it layers multiply in another type, on the way there and back; None: in float32, as everything else.
+
+    Not torch's autocast, under which losses would be of that type too, and which of them depends on the device.
+    """
+    before = _products.set(dtype)
+    try:
+        yield
+    finally:
+        _products.reset(before)
+
+
 class Network:
     """Named parameters and the optimiser that trains them.
 
@@ -111,8 +128,11 @@ class Network:
         self._kept = self._fresh_moments() if keep_optimizer else None
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        """x [n, inputs] through the layer `name`: [n, outputs]."""
-        return F.linear(x, self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"])
+        """x [n, inputs] through the layer `name`: [n, outputs] float32, also where `products_in` says otherwise."""
+        weight, bias = self.parameters[f"{name}.weight"], self.parameters[f"{name}.bias"]
+        if (dtype := _products.get()) is None:
+            return F.linear(x, weight, bias)
+        return F.linear(x.to(dtype), weight.to(dtype), bias.to(dtype)).float()
 
     def live(self) -> dict[str, Tensor]:
         """The tensors themselves, for `snapshot` and `restore`: `<name>` and `optimizer.<moment>.<name>`."""
@@ -136,8 +156,7 @@ class Network:
             if moments is None:  # not before there is a step: a stage of no epochs is to cost nothing
                 moments = self._fresh_moments()
             self._drop_gradients()
-            with torch.autocast(loss.device.type, enabled=False):  # the way back is as the way there was
-                loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]
             with torch.no_grad():
                 if proximal:
                     self._pull(proximal.mu, anchor)

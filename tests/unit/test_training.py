@@ -13,7 +13,17 @@ from pydantic import ValidationError
 from fedxmr.errors import InputError
 from fedxmr.learners import LEARNERS, learner_class
 from fedxmr.learners.cosine import cosine, unit_rows
-from fedxmr.learners.training import Losses, Network, OptimizerConfig, batches, linear, restore, snapshot
+from fedxmr.learners.training import (
+    Losses,
+    Network,
+    OptimizerConfig,
+    batches,
+    layers,
+    linear,
+    products_in,
+    restore,
+    snapshot,
+)
 from fedxmr.seeding import generator
 from fedxmr.types import Proximal
 
@@ -236,3 +246,20 @@ def test_the_registry_imports_no_learner():
 def test_a_bad_optimizer_is_refused(bad):
     with pytest.raises(ValidationError):
         OptimizerConfig(**bad)
+
+
+def test_layers_multiply_in_what_is_asked_for_and_nothing_else_does():
+    network = Network(layers({"a": (30, 20)}, generator(0, "x"), CPU), OptimizerConfig(), True)
+    x = torch.randn(5, 30)
+    exact = network.linear("a", x)
+    with products_in(torch.bfloat16):
+        half = network.linear("a", x)
+        half.square().sum().backward()
+        assert (x @ x.T).dtype == torch.float32
+    weight, bias = (network.parameters[f"a.{part}"] for part in ("weight", "bias"))
+    rounded = x.bfloat16().double() @ weight.bfloat16().double().T + bias.bfloat16().double()
+    assert torch.allclose(half.double(), rounded, rtol=2**-7, atol=2**-7)
+    assert half.dtype == weight.grad.dtype == torch.float32
+    assert torch.equal(half, half.bfloat16().float())
+    assert not torch.equal(half, exact)
+    assert torch.equal(network.linear("a", x), exact)
