@@ -10,7 +10,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import ttest_rel
 
-from fedxmr.comparison import Interval, holm, paired_bootstrap, paired_difference, spread, verdict
+from fedxmr.comparison import Interval, holm, paired_bootstrap, paired_difference, verdict
+from fedxmr.tables import spread
 
 scores = st.floats(0, 1, allow_subnormal=False)
 
