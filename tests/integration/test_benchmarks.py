@@ -112,9 +112,13 @@ def test_an_interrupted_command_tidies_up_and_leaves_no_process(tmp_path):
             time.sleep(0.01)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
-    threading.Thread(target=interrupt, daemon=True).start()
-    with pytest.raises(KeyboardInterrupt):
-        Command(["-c", INTERRUPTED, tmp_path]).run()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # it is ignored where tests run in the background
+    try:
+        threading.Thread(target=interrupt, daemon=True).start()
+        with pytest.raises(KeyboardInterrupt):
+            Command(["-c", INTERRUPTED, tmp_path]).run()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (tmp_path / "tidied").exists()
     with suppress(psutil.NoSuchProcess):
         psutil.Process(int((tmp_path / "below").read_text())).wait(10)  # it is killed, which takes a moment
@@ -136,7 +140,7 @@ def test_the_benchmarks_are_a_command(tmp_path):
     ("arguments", "says"),
     [
         (["metrics"], "metric"),
-        (["metric", "--into", "nowhere/page.md"], "expected --into to be a file in a folder that exists"),
+        (["metric", "--into", "nowhere/page.md"], "--into nowhere/page.md: expected a folder nowhere"),
         (["metric", "--into", "cut.md"], "expected '<!-- end: metric -->'"),
     ],
 )
