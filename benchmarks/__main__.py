@@ -15,11 +15,12 @@ import torch
 import typer
 
 from benchmarks.suite import BENCHMARKS, OPTIONAL, Plan
-from benchmarks.timing import HEAD, ROOT, Measured
+from benchmarks.timing import HEAD, Measured
 from fedxmr import commands
 from fedxmr.commands import option, say
 from fedxmr.errors import InputError, unknown
 from fedxmr.machine import cores, memory
+from fedxmr.processes import ROOT
 from fedxmr.recording import write_json, write_text
 from fedxmr.reproduce import read_page, with_section
 from fedxmr.tables import Table
@@ -59,8 +60,7 @@ def bench(
                 measured.append(one)
             facts = {"command": _command(name, turns, rounds), "load_before": before, **_machine()}
             write_json(out / f"{name}.json", {**facts, "measured": [vars(one) for one in measured]})
-            pictures = list(Path(scratch).glob("*.png"))
-            for picture in pictures:
+            for picture in Path(scratch).glob("*.png"):
                 shutil.copy(picture, out / picture.name)
         if into is not None:
             write_text(into, with_section(read_page(into), name, _section(name, facts, measured)))

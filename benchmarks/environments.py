@@ -7,7 +7,7 @@ import subprocess
 import venv
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from fedxmr.processes import ROOT
 
 
 def pfl() -> Path:

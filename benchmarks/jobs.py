@@ -66,11 +66,6 @@ def prepare(
     return path
 
 
-def read(path: Path) -> Job:
-    """A job that `prepare` wrote."""
-    return Job(**json.loads(path.read_text(encoding="utf-8")))
-
-
 def as_config(job: Job) -> Config:
     """The same job as fedxmr says it."""
     return resolve(

@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import environments, jobs
 from benchmarks.drawing import draw_scale
+from benchmarks.references.job import Job
 from benchmarks.timing import Command, Measured, Ran, in_turn
 from fedxmr.commands import SWIFT
 from fedxmr.machine import cores
@@ -79,7 +80,7 @@ class Plan:
 def fedxmr(plan: Plan, job: Path, engine: str, *more: str) -> Command:
     """fedxmr at a job."""
     config = job.with_name("config.yaml")
-    config.write_text(jobs.as_config(jobs.read(job)).to_yaml(), encoding="utf-8")
+    config.write_text(jobs.as_config(Job.read(job)).to_yaml(), encoding="utf-8")
     return simulate(plan, "--config", config, "--engine", engine, *more)
 
 
@@ -149,7 +150,7 @@ def many(plan: Plan) -> Iterator[Measured]:
     job = plan.many()
     engines = {"local": fedxmr(plan, job, "local"), "ray": fedxmr(plan, job, "ray", "--workers", "2")}
     ran = in_turn({**engines, "bare": reference("bare", job, SWIFT)}, plan.turns)
-    client_rounds = jobs.read(job).rounds * 10
+    client_rounds = Job.read(job).rounds * 10
     for engine, goal in (("local", "<= 10 ms"), ("ray", "<= 25 ms")):
         apart = [1000 * (a.seconds - b.seconds) / client_rounds for a, b in zip(ran[engine], ran["bare"], strict=True)]
         yield Measured(

@@ -15,8 +15,8 @@ from statistics import median
 from threading import Timer
 
 from fedxmr.errors import FederationError
+from fedxmr.processes import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 PATIENCE = 3600.0
 """Seconds a command has."""
 GRACE = 15.0

@@ -46,9 +46,14 @@ class Job:
     threads: int
 
     @classmethod
+    def read(cls, path: Path) -> Job:
+        """The job in a file."""
+        return cls(**json.loads(path.read_text(encoding="utf-8")))
+
+    @classmethod
     def from_command_line(cls) -> Job:
         """The job that the command's one argument names."""
-        return cls(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
+        return cls.read(Path(sys.argv[1]))
 
 
 @dataclass(frozen=True)

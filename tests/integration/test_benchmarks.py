@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from benchmarks import jobs
+from benchmarks.references.job import Job
 from benchmarks.suite import BENCHMARKS
 from benchmarks.timing import Command, Measured, Ran, in_turn
 from fedxmr.errors import FederationError
@@ -55,14 +56,14 @@ def reference(name: str, job: Path) -> float:
 def test_the_bare_loop_does_what_a_run_does(strategy, uneven, one_thread, tmp_path):
     """To the last digits: what differs is the order of a few sums."""
     job = small(tmp_path, strategy, items=(uneven, 60, 60))
-    summary = run(jobs.as_config(jobs.read(job)), tmp_path / "run", pictures=False)
+    summary = run(jobs.as_config(Job.read(job)), tmp_path / "run", pictures=False)
     ours = summary["validation"]["last"]["mean"]["average"]
     assert reference("bare", job) == pytest.approx(ours, abs=1e-9)
 
 
 def test_the_bare_loop_samples_the_clients_of_a_run(one_thread, tmp_path):
     job = small(tmp_path, "fedavg", clients=10, sample=3, evaluate_every=1)
-    summary = run(jobs.as_config(jobs.read(job)), tmp_path / "run", pictures=False)
+    summary = run(jobs.as_config(Job.read(job)), tmp_path / "run", pictures=False)
     # FedAvg's model is the same for all, whoever is measured
     assert reference("bare", job) == pytest.approx(summary["validation"]["last"]["mean"]["average"], abs=1e-9)
 
